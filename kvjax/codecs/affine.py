@@ -33,8 +33,8 @@ class Quantize(Codec):
             object.__setattr__(self, "group", 32)
         if self.group is not None and (self.group < 1 or self.group % quantum(self.code_bits)):
             raise ValueError(
-                f"group is {self.group}: at {self.code_bits} bits it must be a positive multiple of "
-                f"{quantum(self.code_bits)}"
+                f"group is {self.group}: at {self.code_bits} bits it must be a positive multiple "
+                f"of {quantum(self.code_bits)}"
             )
 
     @property
