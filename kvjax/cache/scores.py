@@ -151,7 +151,8 @@ class LastRows(Statistic):
             jnp.zeros((spec.layers,), jnp.int32),
         )
 
-    def update(self, value: Rows, seen: Observation, rope: Rope) -> Rows:
+    def update(self, value: Rows, k: Array, context: Commit) -> Rows:
+        seen = context.seen
         pos = jnp.concatenate([value.pos, seen.pos], 1)
         order = jnp.argsort(pos, axis=1, stable=True)[:, -self.rows :]
         index = order[None, :, None, :]
@@ -260,7 +261,8 @@ class QueryMoments(Statistic):
             jnp.full((spec.batch,), -1, jnp.int32),
         )
 
-    def update(self, value: Moments, seen: Observation, rope: Rope) -> Moments:
+    def update(self, value: Moments, k: Array, context: Commit) -> Moments:
+        seen = context.seen
         weight = (seen.pos >= self.skip).astype(jnp.float32)
 
         def layer(args: tuple[Array, Rope]) -> tuple[Array, Array]:
@@ -269,7 +271,7 @@ class QueryMoments(Statistic):
             raw = raw * weight[:, None, :, None]
             return jnp.sum(raw, 2), jnp.einsum("bhtd,bhte->bhde", raw, raw)
 
-        one, two = jax.lax.map(layer, (seen.q, rope))
+        one, two = jax.lax.map(layer, (seen.q, context.rope))
         return Moments(
             value.first + one,
             value.second + two,

@@ -67,7 +67,9 @@ class Statistic:
     def init(self, spec: Spec) -> Any:
         raise NotImplementedError(f"statistic {self.name!r} has no initial value")
 
-    def update(self, value: Any, seen: Observation, rope: Rope) -> Any:
+    def update(self, value: Any, k: Array, context: Commit) -> Any:
+        """After rows were committed: k [L, B, H, T, D] are their keys, rotated (zero for padding),
+        and `context.seen` their queries."""
         raise NotImplementedError(f"statistic {self.name!r} has no update rule")
 
 
