@@ -25,7 +25,9 @@ def dot_keys(q: Array, k: Array) -> Array:
 
 def dot_values(p: Array, v: Array) -> Array:
     """Weights [..., R, N] and values [..., N, D] -> float32 [..., R, D]."""
-    return jnp.einsum("...rn,...nd->...rd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "...rn,...nd->...rd", p.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
 
 
 def layer_of(x: Array, layer: Array, start: Array | int = 0, size: int | None = None) -> Array:

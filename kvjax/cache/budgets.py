@@ -29,7 +29,9 @@ class Budget:
           kept: mean tokens per head and layer, int [...]. length: prompt length, int [...].
           count: number of layers. Works on NumPy and JAX arrays alike.
         """
-        return np.stack([kept] * count) if isinstance(kept, np.ndarray) else jnp.stack([kept] * count)
+        return (
+            np.stack([kept] * count) if isinstance(kept, np.ndarray) else jnp.stack([kept] * count)
+        )
 
     def heads(self, value: Array, per_head: Array) -> Array:
         """Tokens of each head, int32 [L, B, H], given scores [L, B, H, T] and [L, B] tokens."""

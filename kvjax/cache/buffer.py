@@ -42,7 +42,9 @@ def take(kv: KV, index: Array) -> KV:
 
     def rows(x: Array) -> Array:
         got = _along(x, index)
-        return jnp.where(there.reshape(there.shape + (1,) * (x.ndim - 4)), got, jnp.zeros((), x.dtype))
+        return jnp.where(
+            there.reshape(there.shape + (1,) * (x.ndim - 4)), got, jnp.zeros((), x.dtype)
+        )
 
     return KV(*jax.tree.map(rows, (kv.k, kv.v)), pos, jax.tree.map(rows, kv.extra))
 

@@ -14,7 +14,19 @@ from jax import Array
 from kvjax.cache import buffer
 from kvjax.cache.chain import Chain, chain
 from kvjax.cache.stage import Commit, Stage
-from kvjax.cache.types import KV, PHASES, New, Observation, Partial, Phase, Query, Rope, Spec, pytree, rotate
+from kvjax.cache.types import (
+    KV,
+    PHASES,
+    New,
+    Observation,
+    Partial,
+    Phase,
+    Query,
+    Rope,
+    Spec,
+    pytree,
+    rotate,
+)
 
 
 @pytree("transforms", "groups", "softcap", "max_length")
@@ -83,11 +95,15 @@ def init_cache(
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 row")
     if not 0 <= prompt <= max_length or max_length < 1:
-        raise ValueError(f"prompt={prompt} and max_length={max_length}: need 0 <= prompt <= max_length")
+        raise ValueError(
+            f"prompt={prompt} and max_length={max_length}: need 0 <= prompt <= max_length"
+        )
     exact = set()
     for layer in exact_layers:
         if not -config.layers <= layer < config.layers:
-            raise ValueError(f"exact_layers={tuple(exact_layers)}: there are {config.layers} layers")
+            raise ValueError(
+                f"exact_layers={tuple(exact_layers)}: there are {config.layers} layers"
+            )
         exact.add(layer % config.layers)
     rest = tuple(layer for layer in range(config.layers) if layer not in exact)
     plan = [(rest, transform)]
@@ -99,7 +115,14 @@ def init_cache(
     states = []
     for layers, t in plan:
         spec = Spec(
-            len(layers), batch, config.heads, config.kv_heads, config.head_dim, max_length, prompt, dtype
+            len(layers),
+            batch,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            max_length,
+            prompt,
+            dtype,
         )
         states.append(t.init(spec))
     return Cache(
@@ -242,7 +265,9 @@ def finish(cache: Cache, stats: Mapping[str, Any] | None = None) -> Cache:
       The cache, ready to decode. Shapes may change.
     """
     states = tuple(
-        t.finish(s, Commit("prefill", _rope(cache, g), None, {}, cache.constants, cache.softcap), stats)
+        t.finish(
+            s, Commit("prefill", _rope(cache, g), None, {}, cache.constants, cache.softcap), stats
+        )
         for t, s, g in zip(cache.transforms, cache.state, cache.groups)
     )
     return cache.replace(state=states)

@@ -156,9 +156,7 @@ class Chain:
                 )
             k = context.rotated(kv, self.unrotated)
             stats = {s.name: s.update(stats[s.name], k, context) for s in self.statistics}
-        return Pending(
-            buffer.put(held, slot, kv), state.seen + kv.count, stats, state.spec
-        )
+        return Pending(buffer.put(held, slot, kv), state.seen + kv.count, stats, state.spec)
 
     def _push(self, place: int, state: tuple, kv: KV, context: Commit) -> tuple:
         """Commits into the stages from `place` on; `state` is theirs."""

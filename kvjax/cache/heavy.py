@@ -169,9 +169,7 @@ class Heavy(SlotStage):
         """The `recent` newest positions."""
         return (pos > newest - self.recent) & (pos >= 0) if self.recent else jnp.zeros((), bool)
 
-    def _replace_one(
-        self, held: KV, kv: KV, context: Commit, unrotated: bool
-    ) -> tuple[KV, KV]:
+    def _replace_one(self, held: KV, kv: KV, context: Commit, unrotated: bool) -> tuple[KV, KV]:
         """One new token takes a free slot, or that of the worst; or is itself the worst."""
         lead = held.pos.shape[:3]
         newest = jnp.maximum(jnp.max(held.pos, -1, keepdims=True), kv.pos)

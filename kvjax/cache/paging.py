@@ -219,4 +219,3 @@ def _by_owner(part: Partial, owner: Array, mine: Array, owners: int) -> Partial:
     total = jnp.sum(weight, 1)
     out = jnp.einsum("omr,mrd->ord", weight, part.out)
     return Partial(out / jnp.where(total > 0, total, 1.0)[..., None], top, total)
-

@@ -48,12 +48,16 @@ class Prune(Stage):
         xp = jnp if isinstance(length, Array) else np
         if self.keep is None:
             return xp.minimum(self.n, length)
-        return xp.maximum(length * self.keep.numerator // self.keep.denominator, xp.minimum(1, length))
+        return xp.maximum(
+            length * self.keep.numerator // self.keep.denominator, xp.minimum(1, length)
+        )
 
     def _layers(self, spec: Spec) -> list[int]:
         """Tokens per head that each layer keeps of a full-length prompt, static."""
         prompt = np.asarray(spec.prompt)
-        return [int(n) for n in self.budget.layers(np.asarray(self.kept(prompt)), prompt, spec.layers)]
+        return [
+            int(n) for n in self.budget.layers(np.asarray(self.kept(prompt)), prompt, spec.layers)
+        ]
 
     def init(self, spec: Spec) -> Stateless:
         return Stateless(spec)

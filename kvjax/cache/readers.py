@@ -26,7 +26,9 @@ class BestPages(Reader):
 
     def write(self, index: Array, number: Array, k: Array, valid: Array) -> Array:
         weight = valid[..., None].astype(jnp.float32)
-        mean = jnp.sum(jnp.where(valid[..., None], k, 0.0), -2) / jnp.maximum(jnp.sum(weight, -2), 1)
+        mean = jnp.sum(jnp.where(valid[..., None], k, 0.0), -2) / jnp.maximum(
+            jnp.sum(weight, -2), 1
+        )
         return put_rows(index, number, mean)
 
     def select(self, index: Any, query: Query, q: Array, complete: Array) -> Array:

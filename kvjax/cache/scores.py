@@ -216,7 +216,10 @@ def _pool(x: Array, kernel: int, kind: str) -> Array:
 
 
 def window_attention(
-    window: int = 32, kernel: int = 5, pool: Literal["mean", "max"] = "mean", whole_layer: bool = False
+    window: int = 32,
+    kernel: int = 5,
+    pool: Literal["mean", "max"] = "mean",
+    whole_layer: bool = False,
 ) -> Score:
     """Attention received from the last `window` rows of the prompt, pooled along the sequence.
 
@@ -342,9 +345,7 @@ class ExpectedAttention(Score):
                 score = score * jnp.linalg.norm(v.astype(jnp.float32), axis=-1)
             return jnp.where(pos >= self.sinks, score, jnp.inf)
 
-        return jax.lax.map(
-            layer, (k, kv.v, pos, moments.first, moments.second, context.rope)
-        )
+        return jax.lax.map(layer, (k, kv.v, pos, moments.first, moments.second, context.rope))
 
 
 def expected_attention(

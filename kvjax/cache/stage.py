@@ -114,7 +114,9 @@ class Stage:
         """What can leave a stage that was initialised with `spec`; None: nothing ever does."""
         raise NotImplementedError
 
-    def attend(self, state: Any, layer: Array, query: Query, carry: Any) -> tuple[Partial | None, Any]:
+    def attend(
+        self, state: Any, layer: Array, query: Query, carry: Any
+    ) -> tuple[Partial | None, Any]:
         """Attention of the query rows over this stage's own slots; None where it has none."""
         raise NotImplementedError
 

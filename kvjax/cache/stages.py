@@ -171,7 +171,9 @@ class Recent(SlotStage):
 
     def _window(self, spec: Spec) -> Window:
         # A window that can never be full needs no room for tokens about to leave.
-        return Window(spec.max_length) if spec.max_length <= self.n else Window(self.n, self.release)
+        return (
+            Window(spec.max_length) if spec.max_length <= self.n else Window(self.n, self.release)
+        )
 
     def init(self, spec: Spec) -> Slots:
         return self._empty(spec, self._window(spec).capacity)

@@ -157,9 +157,7 @@ class Store(Stage):
             jnp.zeros((*head, min(w.capacity, length), spec.width), spec.dtype)
             for w in (self.keys, self.values)
         )
-        seen = (
-            (spec.layers, spec.batch, spec.kv_heads) if spec.totals is not None else spec.lead
-        )
+        seen = (spec.layers, spec.batch, spec.kv_heads) if spec.totals is not None else spec.lead
         return Stored(
             jnp.zeros(seen, jnp.int32),
             jnp.full((*place.pos_lead(spec), tokens), -1, jnp.int32),
@@ -249,9 +247,7 @@ class Store(Stage):
             raise ValueError(f"{codec} needs the constants {missing}; give them to init_cache")
         return {name: found[name] for name in names}
 
-    def _note_pages(
-        self, state: Stored, index: Any, seen: Array, kv: KV, context: Commit
-    ) -> Any:
+    def _note_pages(self, state: Stored, index: Any, seen: Array, kv: KV, context: Commit) -> Any:
         """Shows the reader every page that these rows completed."""
         page, spec = self.reader.page, state.spec
         coded = self._coded(state.seen)
@@ -358,8 +354,12 @@ class Store(Stage):
         number = coded[..., None] + jnp.arange(length, dtype=jnp.int32)
         mask = number < seen[..., None]
         pos = state.place.gather(state.pos, layer, number)
-        k = self._side(state, self.codec.k, self.keys, state.k, state.k_ring, layer, query, seen, number)
-        v = self._side(state, self.codec.v, self.values, state.v, state.v_ring, layer, query, seen, number)
+        k = self._side(
+            state, self.codec.k, self.keys, state.k, state.k_ring, layer, query, seen, number
+        )
+        v = self._side(
+            state, self.codec.v, self.values, state.v, state.v_ring, layer, query, seen, number
+        )
         if state.spec.unrotated:
             k = rotate(k, pos, query.rope)
         logits = query.cap(dot_keys(q, k))
@@ -441,4 +441,3 @@ def store(
     keys = Window(0, pair.k.block) if keys is None else keys
     values = Window(0, pair.v.block) if values is None else values
     return Store(pair, keys, values, rope, fit, reader)
-

@@ -154,7 +154,9 @@ def rotate(x: Array, pos: Array, rope: Rope, inverse: bool = False) -> Array:
     """
     half = rope.freq.shape[-1]
     lead = x.ndim - 2
-    freq = rope.freq.reshape(rope.freq.shape[:-1] + (1,) * (lead + 1 - (rope.freq.ndim - 1)) + (half,))
+    freq = rope.freq.reshape(
+        rope.freq.shape[:-1] + (1,) * (lead + 1 - (rope.freq.ndim - 1)) + (half,)
+    )
     angle = pos[..., None].astype(jnp.float32) * freq
     factor = rope.factor.reshape(rope.factor.shape + (1,) * (lead + 2 - rope.factor.ndim))
     cos, sin = jnp.cos(angle), jnp.sin(angle)

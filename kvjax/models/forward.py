@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax import Array
 
 from kvjax.cache.attention import attend_new
 from kvjax.cache.cache import Cache, attend, commit, rope_of, span_of
-from kvjax.cache.types import PHASES, KV, New, Observation, Phase, Query, Rope, merge, rotate
+from kvjax.cache.types import KV, PHASES, New, Observation, Phase, Query, Rope, merge, rotate
 from kvjax.models.config import Config
 from kvjax.models.llama import Layers, Model
 
@@ -147,7 +148,9 @@ def mlp(h: Array, layer: Layers, config: Config) -> Array:
         gate = jax.nn.silu(gate)
     else:
         gate = jax.nn.gelu(gate, approximate=True)
-    return _plus((gate * _plus(h @ layer.up[...], layer.up_bias)) @ layer.down[...], layer.down_bias)
+    return _plus(
+        (gate * _plus(h @ layer.up[...], layer.up_bias)) @ layer.down[...], layer.down_bias
+    )
 
 
 def _plus(x: Array, bias: Any) -> Array:
@@ -220,26 +223,34 @@ def _fold(
     cache: Cache, own: Any, index: Array, k: Array, v: Array, positions: Array, phase: Phase
 ) -> Any:
     """Commits one layer's rows to that layer's slice of the state."""
-    shared = cache.state[0]
-    one = jax.tree.map(
-        lambda whole, cut: whole if cut is None else cut,
-        shared,
-        own,
-        is_leaf=lambda x: x is None,
-    )
+    one = jax.tree.map(lambda whole, cut: whole if cut is None else cut, cache.state[0], own)
     rope: Rope = cache.constants["rope"]
     small = cache.replace(
-        state=(_respec(one, 1),),
+        state=(_with_layers(one, 1),),
         groups=((0,),),
         constants={**cache.constants, "rope": rope[index][None]},
     )
     new = New(KV(k[None], v[None], positions[None, :, None].astype(jnp.int32)))
-    return _respec(commit(small, new, phase=phase).state[0], len(cache.groups[0]))
+    return _with_layers(commit(small, new, phase=phase).state[0], len(cache.groups[0]))
 
 
-def _respec(state: Any, layers: int) -> Any:
-    raise NotImplementedError
+def _with_layers(state: tuple[Any, ...], layers: int) -> tuple[Any, ...]:
+    """The states of a chain's stages, as for another number of layers."""
+
+    def one(own: Any) -> Any:
+        if not hasattr(own, "spec"):
+            return own
+        return dataclasses.replace(own, spec=own.spec.replace(layers=layers))
+
+    return tuple(one(own) for own in state)
 
 
 def _unslice(cache: Cache, out: Any, positions: Array) -> Cache:
-    raise NotImplementedError
+    """Puts the layers' slices back together."""
+
+    def join(whole: Array, new: Array) -> Array:
+        per_layer = whole.ndim and whole.shape[0] == len(cache.groups[0])
+        return new[:, 0] if per_layer else new[-1]
+
+    length = jnp.maximum(cache.length, jnp.max(positions, 1) + 1)
+    return cache.replace(state=(jax.tree.map(join, cache.state[0], out),), length=length)
