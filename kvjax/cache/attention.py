@@ -208,7 +208,7 @@ def received(
     Returns:
       float32 [L, B, H, N].
     """
-    layers, batch, heads, slots, width = k.shape
+    layers, batch, heads, slots = k.shape[:4]
     rows = seen.q.shape[3]
     groups = seen.q.shape[2] // heads
     split = lambda x: x.reshape(layers, batch, heads, groups, rows, *x.shape[4:])  # noqa: E731
