@@ -133,7 +133,7 @@ def test_low_rank_nears_the_truncated_svd():
     best = np.sqrt((np.linalg.svd(x)[1][4:] ** 2).sum())
     errors = [
         np.linalg.norm(x - through(low_rank(4, iterations=i, dtype="float32"), x))
-        for i in (1, 2, 6)
+        for i in (1, 2, 12)
     ]
     assert best * (1 - 1e-5) <= errors[2] <= errors[1] * 1.001 <= errors[0] * 1.002
     assert errors[2] <= 1.01 * best
@@ -166,11 +166,11 @@ def test_gaussian_levels_reach_the_lloyd_max_distortion(bits, mse):
 @pytest.mark.parametrize("bits", [2, 4])
 def test_a_rotated_codebook_is_within_the_turboquant_bounds(bits):
     """4^-b <= |x - x'|^2 / |x|^2 <= sqrt(3) pi / 2 4^-b for random, one-hot and heavy tails."""
-    rng, n = np.random.default_rng(0), 64
+    rng, n = np.random.default_rng(0), 60
     x = np.stack([rng.standard_normal((256, n)), np.eye(n)[rng.integers(0, n, 256)] * 7])
     x = np.concatenate([x, rng.standard_t(2, (1, 256, n))]).astype(np.float32)
     c = codebook(gaussian_levels(bits))
-    y = through(compose(rotate(0), rotate(1), c), x)
+    y = through(compose(rotate(0), c), x)
     ratio = (np.square(x - y).sum(-1) / np.square(x).sum(-1)).mean(-1)
     assert (ratio >= 4.0**-bits).all()
     assert (ratio <= np.sqrt(3) * np.pi / 2 * 4.0**-bits).all()
