@@ -63,7 +63,7 @@ class Quantize(Codec):
         ratio = x if offset is None else x - jnp.expand_dims(offset.astype(jnp.float32), axis)
         ratio = jnp.where(step > 0, ratio / jnp.where(step > 0, step, 1.0), 0.0)
         half, top = self._half, 2 * self._half if self.symmetric else 2**self.code_bits - 1
-        codes = jnp.round(jnp.clip(ratio + half, 0, top)).astype(jnp.uint8)
+        codes = (jnp.round(jnp.clip(ratio, -half, top - half)) + half).astype(jnp.uint8)
         codes = pack(codes, self.code_bits, axis)
         if self.axis == "token":
             codes = codes.reshape(*codes.shape[:-2], -1)
@@ -76,8 +76,9 @@ class Quantize(Codec):
         x = codes * jnp.expand_dims(scale, axis) + jnp.expand_dims(low, axis)
         return self._ungroup(x).astype(dtype)
 
-    # Measured on CPU against decoding first: scales folded into the queries take 0.4 to 0.9 of the
-    # time; folded into the probabilities they pay only where a token has several groups.
+    # Measured on CPU against decoding first: scales folded into the queries take about half the
+    # time for "channel" and 0.65 to 1 of it for "token"; folded into the probabilities they pay
+    # (0.75 to 0.95) only where a token has several groups.
 
     def scores(self, q, code, constants=None):
         if self.axis == "token" and code["scale"].shape[-1] > 4:

@@ -157,6 +157,16 @@ def test_vmap_is_a_leading_axis(name):
     np.testing.assert_allclose(mapped, y, rtol=1e-5, atol=1e-4)
 
 
+def test_constants_follow_the_leading_axes_through_a_combination():
+    codec, x = ZOO["three"], sample()
+    b = np.random.default_rng(0).uniform(0.5, 2, (2, WIDTH)).astype(np.float32)
+    y = decode(codec, encode(codec, x, None, {"balance": b}), jnp.float32, {"balance": b})
+    for row in range(2):
+        c = {"balance": b[row]}
+        z = decode(codec, encode(codec, x[row], None, c), jnp.float32, c)
+        np.testing.assert_allclose(y[row], z, rtol=1e-5, atol=1e-5)
+
+
 def test_bits_per_value():
     assert quantize(2).bits(64) == 2 + 32 / 64
     assert quantize(2, "channel", 32).bits(64) == 3.0
