@@ -7,6 +7,7 @@ check; only the arithmetic of dequantisation comes from the `gguf` package.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import mmap
 import os
@@ -46,7 +47,20 @@ _PLAIN = {
     "F64": np.dtype("<f8"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_CODED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+_CODED = [
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +271,7 @@ class _Parser:
             row = count // shape[0] if len(shape) > 1 else block_bytes
             tensors[name] = GGUFTensor(self.path, name, shape, kind.name, start, row)
         ranges.sort()
-        for (_, stop, first), (start, _, second) in zip(ranges, ranges[1:]):
+        for (_, stop, first), (start, _, second) in itertools.pairwise(ranges):
             if start < stop:
                 raise self.fail(f"tensors {first!r} and {second!r} overlap at byte {start}")
         return tensors

@@ -94,9 +94,7 @@ def _surround(file, backend, tokens, bos, eos, *, sentencepiece: bool) -> None:
 def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
     name = file.get("tokenizer.ggml.pre", str, "default")
     if name not in _CUTS:
-        raise CheckpointError(
-            f"tokenizer.ggml.pre is {name!r}, expected one of {', '.join(_CUTS)}"
-        )
+        raise CheckpointError(f"tokenizer.ggml.pre is {name!r}, expected one of {', '.join(_CUTS)}")
     cut = _CUTS[name]
     merges = []
     for index, merge in enumerate(file.get("tokenizer.ggml.merges", list)):

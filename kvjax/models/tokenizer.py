@@ -86,7 +86,9 @@ class Tokenizer:
     ) -> str:
         """The text that `chat` encodes."""
         if self.template is None:
-            raise ValueError("this model's tokenizer has no chat template; format the text yourself")
+            raise ValueError(
+                "this model's tokenizer has no chat template; format the text yourself"
+            )
         named = {"bos_token": self.bos, "eos_token": self.eos[0] if self.eos else None}
         named = {k: "" if i is None else self.backend.id_to_token(i) for k, i in named.items()}
         return render(

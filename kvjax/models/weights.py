@@ -113,11 +113,12 @@ def assemble(
         def block(index, name=name, shape=shape, pieces=pieces):
             return _read_block(pieces, name, shape, index, dtype, check_finite, source)
 
-        params[name] = _place(block, shape, _sharding_of(sharding, name, shape))
+        params[name] = _place(block, shape, sharding_of(sharding, name, shape))
     return Model(config, params)
 
 
-def _sharding_of(sharding: Sharding, name: str, shape: tuple[int, ...]):
+def sharding_of(sharding: Sharding, name: str, shape: tuple[int, ...]):
+    """The sharding of one parameter, or None for the default device."""
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         return sharding
     if isinstance(sharding, Mapping):
