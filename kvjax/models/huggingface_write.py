@@ -166,6 +166,7 @@ def _config_json(config: Config, flat: dict[str, jax.Array]) -> dict:
         "rope_theta": config.rope.base,
         "rope_scaling": _rope_json(config.rope),
         "bos_token_id": config.bos,
+        "pad_token_id": None,  # else transformers takes the class default, Phi-3's being 32000
         "eos_token_id": _eos(config),
     }
     if gemma:
