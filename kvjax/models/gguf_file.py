@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import pathlib
+import reprlib
 import struct
 from typing import Any
 
@@ -146,8 +147,7 @@ def open_gguf(path: str | os.PathLike) -> GGUFFile:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return reprlib.repr(value)
 
 
 class _Parser:

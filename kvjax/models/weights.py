@@ -95,6 +95,7 @@ def assemble(
     dtype = np.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype={dtype}: parameters need a floating dtype")
+    _check_rope(config, source)
     plan = {}
     for name, (shape, _) in parameters(config).items():
         stacked = name.startswith("layers.")
@@ -115,6 +116,26 @@ def assemble(
 
         params[name] = _place(block, shape, sharding_of(sharding, name, shape))
     return Model(config, params)
+
+
+def _check_rope(config: Config, source: str) -> None:
+    """Refuses rotary rules that give no usable frequencies, before anything is allocated."""
+    for rope in (config.rope, config.local_rope):
+        if rope is None:
+            continue
+        try:
+            with np.errstate(all="ignore"):
+                for length in (1, 2**31):
+                    frequencies, factor = rope.frequencies(
+                        config.rotated, config.max_length, length
+                    )
+                    usable = np.isfinite(frequencies).all() and 0 < factor < np.inf
+        except (ValueError, ArithmeticError) as error:
+            raise CheckpointError(f"{source}: rotary rule {rope.kind!r}: {error}") from None
+        if not usable:
+            raise CheckpointError(
+                f"{source}: rotary rule {rope} gives frequencies that are not finite"
+            )
 
 
 def sharding_of(sharding: Sharding, name: str, shape: tuple[int, ...]):

@@ -130,6 +130,16 @@ def test_malformed_headers(tmp_path, header, match):
     refuse(tmp_path, safetensors_bytes(header), match)
 
 
+def test_values_are_counted_before_they_are_parsed(tmp_path):
+    # 12 MB of text would become 400 MB of lists.
+    refuse(tmp_path, safetensors_bytes(b'{"a":[' + b"[]," * 4_000_000 + b"[]]}"), "JSON values")
+
+
+def test_duplicates_are_found_in_linear_time(tmp_path):
+    keys = ",".join(f'"{i}":0' for i in [*range(200_000), 199_999])
+    refuse(tmp_path, safetensors_bytes(f"{{{keys}}}".encode()), "'199999' appears twice")
+
+
 def shards(tmp_path, weight_map, files):
     for name, header in files.items():
         size = max((e["data_offsets"][1] for e in header.values()), default=0)

@@ -163,6 +163,17 @@ def test_malformed_gguf_tokenizer(tmp_path, tokenizer_metadata, key, value, matc
         from_gguf(tmp_path, tokenizer_metadata, **{f"tokenizer.ggml.{key}": value})
 
 
+def test_sentencepiece_limits(tmp_path):
+    metadata = sentencepiece()
+    for key, value, match in (
+        ("tokens", [*metadata["tokenizer.ggml.tokens"][:-1], "x" * 600], "longer than 512"),
+        ("scores", [0.0], "1 scores for"),
+        ("scores", ..., "scores' is missing"),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            from_gguf(tmp_path, metadata, **{f"tokenizer.ggml.{key}": value})
+
+
 def test_missing_tokenizer(tmp_path):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing.*tokenizer=False"):
         load_tokenizer(tmp_path)
