@@ -95,7 +95,6 @@ def assemble(
     dtype = np.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype={dtype}: parameters need a floating dtype")
-    _check_rope(config, source)
     plan = {}
     for name, (shape, _) in parameters(config).items():
         stacked = name.startswith("layers.")
@@ -107,6 +106,7 @@ def assemble(
                     f"{source}: tensor {piece.tensor.name!r} of shape {piece.tensor.shape} gives "
                     f"{piece.shape} for {name!r}, but the configuration says {expected}"
                 )
+    _check_rope(config, source)
     params = {}
     for name in sorted(plan, key=lambda name: -math.prod(plan[name][0])):
         shape, pieces = plan[name]
