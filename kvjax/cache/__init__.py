@@ -1,0 +1,111 @@
+"""The cache: which tokens live where. Three ideas, each a monoid.
+
+`Partial` and `merge`: attention over parts of the keys, put together. `chain`: stages in a row,
+each keeping some tokens and passing the rest on. Codecs (`kvjax.codecs`): how a token is stored.
+"""
+
+from kvjax.cache.attention import attend_new, attend_slots, received
+from kvjax.cache.budgets import Budget, adaptive, pyramid, uniform
+from kvjax.cache.cache import (
+    Cache,
+    attend,
+    commit,
+    finish,
+    horizon,
+    init_cache,
+    nbytes,
+    rope_of,
+    span_of,
+)
+from kvjax.cache.chain import Chain, Pending, chain
+from kvjax.cache.heavy import Absorb, heavy, nearest
+from kvjax.cache.prune import prune
+from kvjax.cache.readers import best_pages
+from kvjax.cache.ring import Window
+from kvjax.cache.scores import (
+    Score,
+    accumulated_attention,
+    expected_attention,
+    key_difference,
+    key_norm,
+    newest_attention,
+    random,
+    recency,
+    window_attention,
+)
+from kvjax.cache.stage import Column, Commit, Stage, Statistic
+from kvjax.cache.stages import by_position, first, prefix, recent
+from kvjax.cache.store import Fit, Reader, Store, store
+from kvjax.cache.types import (
+    KV,
+    New,
+    Observation,
+    Partial,
+    Phase,
+    Query,
+    Rope,
+    Spec,
+    merge,
+    partial_attention,
+    rotate,
+)
+
+__all__ = [
+    "KV",
+    "Absorb",
+    "Budget",
+    "Cache",
+    "Chain",
+    "Column",
+    "Commit",
+    "Fit",
+    "New",
+    "Observation",
+    "Partial",
+    "Pending",
+    "Phase",
+    "Query",
+    "Reader",
+    "Rope",
+    "Score",
+    "Spec",
+    "Stage",
+    "Statistic",
+    "Store",
+    "Window",
+    "accumulated_attention",
+    "adaptive",
+    "attend",
+    "attend_new",
+    "attend_slots",
+    "best_pages",
+    "by_position",
+    "chain",
+    "commit",
+    "expected_attention",
+    "finish",
+    "first",
+    "heavy",
+    "horizon",
+    "init_cache",
+    "key_difference",
+    "key_norm",
+    "merge",
+    "nbytes",
+    "nearest",
+    "newest_attention",
+    "partial_attention",
+    "prefix",
+    "prune",
+    "pyramid",
+    "random",
+    "received",
+    "recency",
+    "recent",
+    "rope_of",
+    "rotate",
+    "span_of",
+    "store",
+    "uniform",
+    "window_attention",
+]

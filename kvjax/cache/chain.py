@@ -1,0 +1,245 @@
+"""`chain`: stages in a row. Tokens enter at the front; what one stage does not keep flows on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvjax.cache import buffer
+from kvjax.cache.attention import attend_slots
+from kvjax.cache.stage import FOREVER, Column, Commit, Stage, Statistic, observe_slots
+from kvjax.cache.types import KV, Partial, Query, Spec, merge, pytree
+
+
+@pytree("spec")
+class Pending:
+    """The exact prompt of a chain that must see all of it before it can act.
+
+    Attributes:
+      kv: every prompt token so far, in order of arrival, with all columns of the chain.
+      seen: int32 [1, B, 1], tokens so far.
+      stats: prompt statistics by name.
+    """
+
+    kv: KV
+    seen: Array
+    stats: dict[str, Any]
+    spec: Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Stages applied one after the other; a monoid under `chain`. See `chain`."""
+
+    stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        for place, stage in enumerate(self.stages):
+            if stage.first_only and place > 0:
+                raise ValueError(
+                    f"{stage} keeps every token at its position and must stand first in a chain, "
+                    f"but stands at place {place + 1} of {len(self.stages)}"
+                )
+
+    # --- what the chain asks for ---
+
+    @property
+    def streaming(self) -> bool:
+        """Whether commits act at once; otherwise the exact prompt is held until `finish`."""
+        return all(stage.streaming for stage in self.stages)
+
+    @property
+    def unrotated(self) -> bool:
+        """Whether keys travel (and are held) before rotary rotation."""
+        return any(stage.unrotated for stage in self.stages)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return _union(stage.columns for stage in self.stages)
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return _union(stage.statistics for stage in self.stages)
+
+    def needs_attention(self, state: Any) -> bool:
+        """Whether commits into this state must be given attention statistics."""
+        return bool(self.columns or (isinstance(state, Pending) and self.statistics))
+
+    def _columns_from(self, place: int) -> tuple[Column, ...]:
+        return _union(stage.columns for stage in self.stages[place:])
+
+    # --- the contract ---
+
+    def init(self, spec: Spec) -> Any:
+        """State before a prompt of at most `spec.prompt` tokens (0: none, ready for tokens)."""
+        spec = spec.replace(unrotated=self.unrotated)
+        ready = self._init_stages(spec)  # raises whatever is wrong with the sizes, early
+        if self.streaming or spec.prompt == 0:
+            return ready
+        names = tuple(column.name for column in self.columns)
+        return Pending(
+            buffer.empty(spec, spec.prompt, names),
+            jnp.zeros((1, spec.batch, 1), jnp.int32),
+            {s.name: s.init(spec) for s in self.statistics},
+            spec,
+        )
+
+    def _init_stages(self, spec: Spec | None) -> tuple[Any, ...]:
+        states = []
+        for place, stage in enumerate(self.stages):
+            if spec is None:  # nothing can ever come this far
+                states.append(None)
+                continue
+            names = tuple(column.name for column in self._columns_from(place))
+            spec = spec.replace(columns=names)
+            states.append(stage.init(spec))
+            spec = stage.downstream(spec)
+        return tuple(states)
+
+    def attend(
+        self, state: Any, layer: Array, query: Query, carry: Any = ()
+    ) -> tuple[Partial, Any]:
+        """Attention of the query rows over everything held: a fold of the stages' partials."""
+        if isinstance(state, Pending):
+            used = jnp.max(state.seen)
+            return attend_slots(state.kv, layer, query, used, state.spec.unrotated), carry
+        if any(getattr(stage, "positions", "true") == "slot" for stage in self.stages):
+            opening = jnp.min(jnp.where(query.pos >= 0, query.pos, FOREVER), 1)
+            query = dataclasses.replace(query, gap=opening - self.held(state))
+        shape = query.q.shape[:3]
+        done = None
+        for stage, own in zip(self.stages, state):
+            if own is None:
+                continue
+            part, carry = stage.attend(own, layer, query, carry)
+            if part is not None:
+                done = part if done is None else merge(done, part)
+        return (Partial.identity(shape, query.q.shape[-1]) if done is None else done), carry
+
+    def commit(self, state: Any, kv: KV, context: Commit) -> Any:
+        """Takes tokens (compact, ascending by position), keys rotated unless `unrotated`."""
+        columns = self.columns
+        if columns and context.seen is not None:
+            k = context.rotated(kv, self.unrotated)
+            zero = jnp.zeros((*kv.lead, kv.size), jnp.float32)
+            fresh = {c.name: c.update(zero, k, kv.pos, context) for c in columns}
+            kv = dataclasses.replace(kv, extra={**kv.extra, **fresh})
+        if isinstance(state, Pending):
+            return self._hold(state, kv, context)
+        if columns and context.seen is not None:
+            state = tuple(
+                own if own is None else stage.observe(own, self._columns_from(place), context)
+                for place, (stage, own) in enumerate(zip(self.stages, state))
+            )
+        return self._push(0, state, kv, context)
+
+    def _hold(self, state: Pending, kv: KV, context: Commit) -> Pending:
+        if context.phase != "prefill":
+            raise ValueError(
+                f"commit(phase={context.phase!r}): the prompt is not finished; this chain holds it "
+                "exactly until finish(cache), because a stage needs all of it: "
+                f"{', '.join(str(s) for s in self.stages if not s.streaming)}"
+            )
+        held = observe_slots(state.kv, self.columns, context, self.unrotated)
+        slot = state.seen[..., None] + jnp.arange(kv.size, dtype=jnp.int32)
+        stats = state.stats
+        if self.statistics:
+            if context.seen is None:
+                raise ValueError(
+                    f"statistics {[s.name for s in self.statistics]} need attention statistics of "
+                    "the rows: call forward with this cache, so that it computes them"
+                )
+            k = context.rotated(kv, self.unrotated)
+            stats = {s.name: s.update(stats[s.name], k, context) for s in self.statistics}
+        return Pending(buffer.put(held, slot, kv), state.seen + kv.count, stats, state.spec)
+
+    def _push(self, place: int, state: tuple, kv: KV, context: Commit) -> tuple:
+        """Commits into the stages from `place` on; `state` is theirs."""
+        if place == len(self.stages) or state[0] is None:
+            return state
+        stage = self.stages[place]
+        last = place + 1 == len(self.stages) or state[1] is None
+
+        def keep(state: tuple) -> tuple:
+            return (stage.commit(state[0], kv, context)[0], *state[1:])
+
+        def flow(state: tuple) -> tuple:
+            own, over = stage.commit(state[0], kv, context)
+            return (own, *self._push(place + 1, state[1:], over, context))
+
+        leaves = False if last else stage.releases(state[0], kv)
+        if leaves is False:
+            return keep(state)
+        if leaves is True or kv.size > buffer.FEW:
+            return flow(state)
+        # Most single tokens move nothing: branch once, outside of all layers and rows.
+        return jax.lax.cond(leaves, flow, keep, state)
+
+    def finish(
+        self, state: Any, context: Commit, stats: Mapping[str, Any] | None = None
+    ) -> tuple[Any, ...]:
+        """Once, after the last chunk of a prompt: lets the stages act on all of it."""
+        if not isinstance(state, Pending):
+            return state
+        ready = self._init_stages(state.spec)
+        context = dataclasses.replace(
+            context, phase="prefill", seen=None, stats={**state.stats, **(stats or {})}
+        )
+        return self._push(0, ready, buffer.by_position(state.kv), context)
+
+    def held(self, state: Any) -> Array:
+        """Tokens held, int32 [B]."""
+        if isinstance(state, Pending):
+            return state.seen[0, :, 0]
+        batch = [stage.held(own) for stage, own in zip(self.stages, state) if own is not None]
+        return sum(batch[1:], batch[0])
+
+    def horizon(self, state: Any) -> Array:
+        """How many tokens may be committed in one go so that each was computed from what plain
+        decoding would have shown it, int32 [B], at least 1.
+
+        Committing fewer than `horizon` tokens changes neither what is visible nor its form.
+        """
+        if isinstance(state, Pending):
+            return jnp.full(state.seen.shape[1:2], FOREVER)
+        reach = None
+        for stage, own in zip(self.stages, state):
+            if own is None:
+                continue
+            mine, final = stage.horizon(own)
+            reach = mine if reach is None else jnp.minimum(reach, mine)
+            if final:
+                break
+        if reach is None:
+            raise ValueError("an empty chain holds nothing and has no horizon")
+        return reach
+
+
+def _union(groups: Any) -> tuple:
+    """Concatenates, keeping the first of equals."""
+    return tuple(dict.fromkeys(item for group in groups for item in group))
+
+
+def chain(*stages: Stage | Chain) -> Chain:
+    """Stages in a row: each keeps some tokens and passes the rest on; the last forgets them.
+
+    `chain` flattens, so it is associative, and `chain()` is its identity, by plain equality.
+
+    >>> from kvjax.cache import first, recent
+    >>> chain(chain(first(4)), recent(8)) == chain(first(4), chain(recent(8)), chain())
+    True
+    """
+    flat: list[Stage] = []
+    for stage in stages:
+        if isinstance(stage, Chain):
+            flat.extend(stage.stages)
+        elif isinstance(stage, Stage):
+            flat.append(stage)
+        else:
+            raise ValueError(f"chain({stage!r}): expected stages or chains")
+    return Chain(tuple(flat))

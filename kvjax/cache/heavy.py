@@ -1,0 +1,240 @@
+"""`heavy`: the best n tokens by a score; the others flow on, or melt into those that stay."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvjax.cache import buffer
+from kvjax.cache.scores import Score, rank
+from kvjax.cache.stage import Column, Commit, least
+from kvjax.cache.stages import Slots, SlotStage
+from kvjax.cache.types import KV, Spec
+
+LOCAL = "score"
+
+
+@dataclasses.dataclass(frozen=True)
+class Absorb:
+    """Base of merging rules: how tokens that lose their place melt into those that stay."""
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Columns that the rule keeps in the survivors' buffer."""
+        return ()
+
+    def __call__(self, survivors: KV, losers: KV) -> tuple[KV, Array]:
+        """Returns the survivors, and which losers [L or 1, B, H or 1, M] were absorbed."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearest(Absorb):
+    threshold: float = 0.5
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        return ("absorbed",)
+
+    def __call__(self, survivors: KV, losers: KV) -> tuple[KV, Array]:
+        def unit(k: Array) -> Array:
+            k = k.astype(jnp.float32)
+            norm = jnp.linalg.norm(k, axis=-1, keepdims=True)
+            return k / jnp.where(norm > 0, norm, 1.0)
+
+        slots = survivors.k.shape[3]
+        cosine = jnp.einsum("lbhmd,lbhnd->lbhmn", unit(losers.k), unit(survivors.k))
+        cosine = jnp.where((survivors.pos >= 0)[..., None, :], cosine, -jnp.inf)
+        target = jnp.argmax(cosine, -1)
+        near = (jnp.max(cosine, -1) >= self.threshold) & (losers.pos >= 0)
+        weight = jax.nn.one_hot(target, slots, dtype=jnp.float32) * near[..., None]
+
+        count = 1.0 + survivors.extra["absorbed"]
+        more = 1.0 + losers.extra.get("absorbed", jnp.zeros(near.shape))
+        total = count + jnp.einsum("lbhmn,lbhm->lbhn", weight, more)
+
+        def mean(old: Array, new: Array) -> Array:
+            add = jnp.einsum("lbhmn,lbhm,lbhmd->lbhnd", weight, more, new.astype(jnp.float32))
+            return ((old * count[..., None] + add) / total[..., None]).astype(old.dtype)
+
+        merged = dataclasses.replace(
+            survivors,
+            k=mean(survivors.k, losers.k),
+            v=mean(survivors.v, losers.v),
+            extra={**survivors.extra, "absorbed": total - 1.0},
+        )
+        return merged, near
+
+
+def nearest(threshold: float = 0.5) -> Absorb:
+    """A loser joins the survivor whose key is closest in direction, if close enough.
+
+    Keys and values become the mean over all tokens that the slot stands for; the column
+    "absorbed" counts the others. Losers below the threshold flow on.
+
+    Args:
+      threshold: least cosine between the keys, in [-1, 1].
+    """
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"nearest(threshold={threshold}): a cosine lies in [-1, 1]")
+    return Nearest(threshold)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heavy(SlotStage):
+    n: int
+    score: Score
+    recent: int = 0
+    absorb: Absorb | None = None
+    codec: Any = None
+
+    def __post_init__(self) -> None:
+        self._pair()
+        if self.codec is not None and (self.absorb is not None or self.score.over_set):
+            raise ValueError(
+                f"heavy(codec={self.codec}): merging, and scores that compare tokens, need exact "
+                "keys; leave out the codec, absorb or the score"
+            )
+        if self.n < 1:
+            raise ValueError(f"heavy(n={self.n}): n must be at least 1")
+        if not 0 <= self.recent <= self.n:
+            raise ValueError(
+                f"heavy(n={self.n}, recent={self.recent}): the recent tokens are among the n"
+            )
+        if self.score.statistics:
+            raise ValueError(
+                f"heavy(score={self.score}) needs statistics of a whole prompt, which only prune "
+                "has; use a score that new tokens can be given, such as accumulated_attention()"
+            )
+
+    @property
+    def streaming(self) -> bool:
+        return self.score.streaming and self.recent == 0 and self.absorb is None
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return self.score.columns
+
+    @property
+    def _local(self) -> bool:
+        """Whether the score is of the token alone: computed once, kept in a column of ours."""
+        return not self.score.columns and not self.score.over_set
+
+    def init(self, spec: Spec) -> Slots:
+        extra = (LOCAL,) if self._local else ()
+        extra += self.absorb.extra if self.absorb else ()
+        spec = spec.replace(
+            per_layer=spec.per_layer or self.score.per_layer,
+            per_head=spec.per_head or self.score.per_head,
+        )
+        return self._empty(spec, min(self.n, spec.max_length), extra)
+
+    def downstream(self, spec: Spec) -> Spec | None:
+        if spec.max_length <= self.n:
+            return None
+        return spec.less(self.n).replace(
+            per_layer=spec.per_layer or self.score.per_layer,
+            per_head=spec.per_head or self.score.per_head,
+        )
+
+    def releases(self, state: Slots, kv: KV) -> Array:
+        return jnp.any(state.kv.count + kv.count > self.n)
+
+    def _value(self, kv: KV, context: Commit, unrotated: bool) -> Array:
+        if self._local:
+            return kv.extra[LOCAL]
+        return self.score(kv, context, unrotated)
+
+    def commit(self, state: Slots, kv: KV, context: Commit) -> tuple[Slots, KV]:
+        spec = state.spec
+        if self._local:
+            value = self.score(kv, context, spec.unrotated)
+            value = jnp.broadcast_to(value, (*kv.lead, kv.size))
+            kv = dataclasses.replace(kv, extra={**kv.extra, LOCAL: value})
+        arrived = jnp.broadcast_to(kv.count, spec.lead)
+        kv = dataclasses.replace(kv, extra={n: buffer.column(kv, n) for n in state.kv.extra})
+        kv = self._store(kv, spec)
+        if kv.size == 1 and self.absorb is None and not self.score.over_set:
+            held, over = self._replace_one(state.kv, kv, context, spec.unrotated)
+        else:
+            held, over = self._select(state.kv, kv, context, spec.unrotated)
+        over = dataclasses.replace(over, extra={n: over.extra[n] for n in spec.columns})
+        return state.replace(kv=held, seen=state.seen + arrived), self._load(over, spec)
+
+    def _protected(self, pos: Array, newest: Array) -> Array:
+        """The `recent` newest positions."""
+        return (pos > newest - self.recent) & (pos >= 0) if self.recent else jnp.zeros((), bool)
+
+    def _replace_one(self, held: KV, kv: KV, context: Commit, unrotated: bool) -> tuple[KV, KV]:
+        """One new token takes a free slot, or that of the worst; or is itself the worst."""
+        lead = held.pos.shape[:3]
+        newest = jnp.maximum(jnp.max(held.pos, -1, keepdims=True), kv.pos)
+
+        def worth(tokens: KV) -> tuple[Array, Array]:
+            value = self._value(tokens, context, unrotated)[: lead[0], :, : lead[2]]
+            pos = jnp.broadcast_to(tokens.pos, (*lead, tokens.size))
+            value = jnp.where(self._protected(pos, newest), jnp.inf, value)
+            return value, pos
+
+        value, pos = worth(held)
+        value = jnp.where(pos >= 0, value, -jnp.inf)
+        low = jnp.min(value, -1, keepdims=True)
+        # Free slots first; among equals the highest position goes.
+        choice = jnp.where(value == low, jnp.where(pos < 0, jnp.iinfo(jnp.int32).max, pos), -1)
+        slot = jnp.argmax(choice, -1, keepdims=True).astype(jnp.int32)
+        free = jnp.take_along_axis(pos, slot, -1) < 0
+        mine, mypos = worth(kv)
+        enters = (mypos >= 0) & (free | (mine > low))
+        out = buffer.take(held, jnp.where(enters & ~free, slot, -1))
+        rejected = (mypos >= 0) & ~enters
+
+        def pick(a: Array, b: Array) -> Array:
+            at = rejected.reshape(rejected.shape + (1,) * (a.ndim - 4))
+            return jnp.where(at, b.astype(a.dtype), a)
+
+        over = jax.tree.map(pick, out, dataclasses.replace(kv, pos=mypos))
+        return buffer.put(held, jnp.where(enters, slot, -1), kv), over
+
+    def _select(self, held: KV, kv: KV, context: Commit, unrotated: bool) -> tuple[KV, KV]:
+        """Many new tokens: all compete anew."""
+        slots = held.size
+        both = buffer.by_position(buffer.concat(held, kv))
+        lead = both.pos.shape[:3]
+        value = self._value(both, context, unrotated)[: lead[0], :, : lead[2]]
+        newest = jnp.max(both.pos, -1, keepdims=True)
+        value = jnp.where(self._protected(both.pos, newest), jnp.inf, value)
+        order = rank(value, both)
+        place = jnp.argsort(order, -1)
+        wins = (place < slots) & (both.pos >= 0)
+        stay, _ = buffer.compact(both, wins)
+        lose, _ = buffer.compact(both, ~wins & (both.pos >= 0))
+        # At most as many can lose as came.
+        stay, lose = buffer.head(stay, slots), buffer.head(lose, kv.size)
+        if self.absorb is not None:
+            stay, gone = self.absorb(stay, lose)
+            lose, _ = buffer.compact(lose, ~gone & (lose.pos >= 0))
+        return stay, lose
+
+    def horizon(self, state: Slots) -> tuple[Array, bool]:
+        return self.n - jnp.minimum(least(state.seen), self.n) + 1, True
+
+
+def heavy(
+    n: int, score: Score, recent: int = 0, absorb: Absorb | None = None, codec: Any = None
+) -> SlotStage:
+    """The best n tokens by `score`, exactly; the others flow on.
+
+    A single new token replaces the worst held one in place; a bulk competes with all held.
+
+    Args:
+      n: tokens held per row and head.
+      score: how much a token is worth; one that new tokens can be given.
+      recent: of the n, the tokens at the newest `recent` positions always stay.
+      absorb: merging rule for those that lose their place, such as `nearest(0.5)`.
+      codec: per-token codec for the held tokens, e.g. quantize(8); None: exact.
+    """
+    return Heavy(n, score, recent, absorb, codec)

@@ -1,0 +1,129 @@
+"""`prune`: once a prompt is complete, its best tokens flow on and the rest is forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kvjax.cache import buffer
+from kvjax.cache.budgets import Budget, uniform
+from kvjax.cache.scores import Score, rank
+from kvjax.cache.stage import FOREVER, Column, Commit, Stage, Statistic
+from kvjax.cache.types import KV, Query, Spec, pytree
+
+
+@pytree("spec")
+class Stateless:
+    """A state without arrays."""
+
+    spec: Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Prune(Stage):
+    score: Score
+    n: int | None = None
+    keep: Fraction | None = None
+    budget: Budget = Budget()
+
+    @property
+    def streaming(self) -> bool:
+        return False
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return self.score.columns
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return self.score.statistics
+
+    def kept(self, length: Any) -> Any:
+        """Mean tokens kept per head of a prompt of `length` (int, NumPy or JAX)."""
+        xp = jnp if isinstance(length, Array) else np
+        if self.keep is None:
+            return xp.minimum(self.n, length)
+        return xp.maximum(
+            length * self.keep.numerator // self.keep.denominator, xp.minimum(1, length)
+        )
+
+    def _layers(self, spec: Spec) -> list[int]:
+        """Tokens per head that each layer keeps of a full-length prompt, static."""
+        prompt = np.asarray(spec.prompt)
+        return [
+            int(n) for n in self.budget.layers(np.asarray(self.kept(prompt)), prompt, spec.layers)
+        ]
+
+    def init(self, spec: Spec) -> Stateless:
+        return Stateless(spec)
+
+    def downstream(self, spec: Spec) -> Spec | None:
+        each = self._layers(spec)
+        most = max(self.budget.most(n, spec.prompt, spec.kv_heads) for n in each)
+        most = min(most, spec.prompt)
+        ragged = self.budget.ragged
+        return spec.replace(
+            max_length=most + spec.max_length - spec.prompt,
+            prompt=most,
+            per_layer=spec.per_layer or ragged or self.score.per_layer,
+            per_head=spec.per_head or ragged or self.score.per_head,
+            totals=tuple(n * spec.kv_heads for n in each) if ragged else spec.totals,
+        )
+
+    def attend(self, state: Any, layer: Array, query: Query, carry: Any) -> tuple[None, Any]:
+        return None, carry
+
+    def commit(self, state: Any, kv: KV, context: Commit) -> tuple[Any, KV]:
+        spec = state.spec
+        if context.phase != "prefill" or spec.prompt == 0:
+            return state, kv
+        after = self.downstream(spec)
+        value = self.score(kv, context, spec.unrotated)
+        value = jnp.broadcast_to(value, (*after.lead, kv.size))
+        length = jnp.max(kv.count, (0, 2))
+        per_head = self.budget.layers(self.kept(length), length, spec.layers)
+        number = self.budget.heads(value, per_head[: after.lead[0]])
+        wins = (jnp.argsort(rank(value, kv), -1) < number[..., None]) & (kv.pos >= 0)
+        kept, _ = buffer.compact(kv, wins)
+        return state, buffer.head(kept, after.prompt)
+
+    def held(self, state: Any) -> Array:
+        return jnp.zeros((state.spec.batch,), jnp.int32)
+
+    def horizon(self, state: Any) -> tuple[Array, bool]:
+        return jnp.full((state.spec.batch,), FOREVER), False
+
+
+def prune(
+    n: int | None = None,
+    score: Score | None = None,
+    *,
+    keep: float | None = None,
+    budget: Budget | None = None,
+) -> Prune:
+    """Of a complete prompt, lets the best tokens flow on; forgets the rest. Identity afterwards.
+
+    The dual of `heavy`: `chain(prune(keep=0.5, score=...), store(quantize(4)))` stores the best
+    half at four bits. Acts in `finish`; until then the chain holds the exact prompt.
+
+    Args:
+      n: tokens kept per head (mean over layers and heads, where the budget shares them out).
+      score: how much a token is worth.
+      keep: in place of n, the fraction of the prompt to keep, in (0, 1]; at least one token.
+      budget: how layers and heads share; None: uniformly.
+    """
+    if score is None:
+        raise ValueError("prune(score=None): expected a score, such as window_attention()")
+    if (n is None) == (keep is None):
+        raise ValueError(f"prune(n={n}, keep={keep}): give exactly one of n and keep")
+    if n is not None and n < 1:
+        raise ValueError(f"prune(n={n}): at least 1 token must be kept")
+    if keep is not None and not 0 < keep <= 1:
+        raise ValueError(f"prune(keep={keep}): a fraction of the prompt lies in (0, 1]")
+    fraction = None if keep is None else Fraction(keep).limit_denominator(1000)
+    return Prune(score, n, fraction, uniform() if budget is None else budget)

@@ -1,0 +1,49 @@
+"""Readers: which stored tokens a query reads at a step, without deleting any."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvjax.cache.buffer import put_rows
+from kvjax.cache.store import Reader
+from kvjax.cache.types import Query, Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class BestPages(Reader):
+    def __post_init__(self) -> None:
+        for name in ("pages", "page"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"best_pages({name}={getattr(self, name)}): at least 1")
+
+    def init(self, spec: Spec, pages: int) -> Array:
+        return jnp.zeros((spec.layers, spec.batch, spec.kv_heads, pages, spec.width), jnp.float32)
+
+    def write(self, index: Array, number: Array, k: Array, valid: Array) -> Array:
+        weight = valid[..., None].astype(jnp.float32)
+        mean = jnp.sum(jnp.where(valid[..., None], k, 0.0), -2) / jnp.maximum(
+            jnp.sum(weight, -2), 1
+        )
+        return put_rows(index, number, mean)
+
+    def select(self, index: Any, query: Query, q: Array, complete: Array) -> Array:
+        count = index.shape[2]
+        score = jnp.max(jnp.einsum("bhrd,bhnd->bhrn", q.astype(jnp.float32), index), 2)
+        there = jnp.arange(count) < complete[..., None]
+        best, page = jax.lax.top_k(jnp.where(there, score, -jnp.inf), min(self.pages, count))
+        return jnp.where(jnp.isneginf(best), -1, page).astype(jnp.int32)
+
+
+def best_pages(pages: int, page: int = 16) -> Reader:
+    """Reads the `pages` pages whose mean key has the largest product with any query of the group.
+
+    Args:
+      pages: pages read per key-value head and step.
+      page: tokens per page.
+    """
+    return BestPages(pages, page)

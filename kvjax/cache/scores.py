@@ -1,0 +1,469 @@
+"""Scores: how much a token is worth keeping. Higher stays; ties go to the lower position.
+
+A score is a small frozen dataclass, called with tokens and the commit's context. It may read
+columns that tokens carry (attention received), statistics of the whole prompt (only `prune`, which
+acts once the prompt is complete), or the tokens alone (`streaming`: the same at any time).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvjax.cache.attention import received
+from kvjax.cache.stage import Column, Commit, Statistic
+from kvjax.cache.types import KV, Observation, Rope, Spec, pytree, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Base of scores. `over_set`: the value depends on the other tokens it is compared with."""
+
+    @property
+    def streaming(self) -> bool:
+        return False
+
+    @property
+    def over_set(self) -> bool:
+        return False
+
+    @property
+    def per_head(self) -> bool:
+        return True
+
+    @property
+    def per_layer(self) -> bool:
+        return True
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return ()
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return ()
+
+    def __call__(self, kv: KV, context: Commit, unrotated: bool) -> Array:
+        """float32 [L, B, H, T] (axes of size 1 where all layers or heads agree)."""
+        raise NotImplementedError
+
+
+# --- attention received -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Received(Column):
+    """Attention received: summed over all rows committed so far, or that of the newest row."""
+
+    name: str = "attention"
+    newest: bool = False
+    whole_layer: bool = False
+
+    def update(self, old: Array, k: Array, pos: Array, context: Commit) -> Array:
+        seen = context.seen
+        if seen is None:
+            raise ValueError(
+                "attention statistics are needed by this chain but were not computed: "
+                "call forward with the cache itself, so that it can ask for them"
+            )
+        weight = (seen.pos >= 0).astype(jnp.float32)
+        if self.newest:
+            weight = jnp.where(seen.pos == jnp.max(seen.pos, 1, keepdims=True), weight, 0.0)
+        got = received(k, pos, seen, weight, context.softcap)
+        if self.whole_layer:
+            got = jnp.broadcast_to(jnp.mean(got, 2, keepdims=True), got.shape)
+        if not self.newest:
+            return old + got
+        anything = jnp.any(weight > 0, 1)[None, :, None, None]
+        return jnp.where(anything, got, old)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceivedScore(Score):
+    column: Received
+
+    @property
+    def per_head(self) -> bool:
+        return not self.column.whole_layer
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (self.column,)
+
+    def __call__(self, kv: KV, context: Commit, unrotated: bool) -> Array:
+        value = kv.extra[self.column.name]
+        return value if self.per_head else value[:, :, :1]
+
+
+def accumulated_attention() -> Score:
+    """The sum of attention probabilities received from all rows since arrival (H2O).
+
+        s_j = sum_i mean_g softmax(q_gi . k)_j
+
+    Unnormalised by age; mean over the query heads that share a key-value head.
+    """
+    return ReceivedScore(Received("attention"))
+
+
+def newest_attention(whole_layer: bool = True) -> Score:
+    """Attention probability received from the newest row (TOVA).
+
+    Args:
+      whole_layer: mean over all heads of the layer, one index set per layer; False: per KV head.
+    """
+    name = "newest_attention" + ("" if whole_layer else "_per_head")
+    return ReceivedScore(Received(name, newest=True, whole_layer=whole_layer))
+
+
+# --- observation window -------------------------------------------------------------------------
+
+
+@pytree()
+class Rows:
+    """The last rows of a prompt: q [L, B, Hq, w, D] rotated and scaled; max, sum [L, B, Hq, w];
+    pos int32 [B, w] ascending, -1 first where a prompt is shorter; span int32 [L]."""
+
+    q: Array
+    max: Array
+    sum: Array
+    pos: Array
+    span: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LastRows(Statistic):
+    """Queries of the last w rows."""
+
+    name: str = "last_rows"
+    rows: int = 32
+
+    def init(self, spec: Spec) -> Rows:
+        shape = (spec.layers, spec.batch, spec.heads, self.rows)
+        return Rows(
+            jnp.zeros((*shape, spec.width), jnp.float32),
+            jnp.full(shape, -jnp.inf),
+            jnp.zeros(shape),
+            jnp.full((spec.batch, self.rows), -1, jnp.int32),
+            jnp.zeros((spec.layers,), jnp.int32),
+        )
+
+    def update(self, value: Rows, k: Array, context: Commit) -> Rows:
+        seen = context.seen
+        pos = jnp.concatenate([value.pos, seen.pos], 1)
+        order = jnp.argsort(pos, axis=1, stable=True)[:, -self.rows :]
+        index = order[None, :, None, :]
+
+        def last(a: Array, b: Array) -> Array:
+            both = jnp.concatenate([a, b.astype(a.dtype)], 3)
+            at = index.reshape(index.shape + (1,) * (both.ndim - 4))
+            return jnp.take_along_axis(both, at, 3)
+
+        return Rows(
+            last(value.q, seen.q), last(value.max, seen.max), last(value.sum, seen.sum),
+            jnp.take_along_axis(pos, order, 1), seen.span,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowVote(Score):
+    window: int = 32
+    kernel: int = 5
+    pool: Literal["mean", "max"] = "mean"
+    whole_layer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window={self.window}: at least 1 row must vote")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel={self.kernel}: expected an odd number of positions")
+        if self.pool not in ("mean", "max"):
+            raise ValueError(f"pool={self.pool!r}: expected 'mean' or 'max'")
+
+    @property
+    def per_head(self) -> bool:
+        return not self.whole_layer
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return (LastRows(f"last_{self.window}_rows", self.window),)
+
+    def __call__(self, kv: KV, context: Commit, unrotated: bool) -> Array:
+        rows: Rows = context.stats[self.statistics[0].name]
+        seen = Observation(rows.q, rows.max, rows.sum, rows.pos, rows.span)
+        weight = (rows.pos >= 0).astype(jnp.float32)
+        vote = received(context.rotated(kv, unrotated), kv.pos, seen, weight, context.softcap)
+        # Tokens of the window itself do not stand for election, and lend no votes to neighbours.
+        opening = jnp.min(jnp.where(rows.pos >= 0, rows.pos, jnp.iinfo(jnp.int32).max), 1)
+        inside = kv.pos >= opening[None, :, None, None]
+        vote = _pool(jnp.where(inside, 0.0, vote), self.kernel, self.pool)
+        vote = jnp.where(inside, jnp.inf, vote)
+        return jnp.mean(vote, 2, keepdims=True) if self.whole_layer else vote
+
+
+def _pool(x: Array, kernel: int, kind: str) -> Array:
+    """Pools along the last axis, stride 1, zero padding counted (x >= 0)."""
+    if kernel == 1:
+        return x
+    window, pad = (1,) * (x.ndim - 1) + (kernel,), [(0, 0)] * (x.ndim - 1) + [(kernel // 2,) * 2]
+    strides = (1,) * x.ndim
+    if kind == "max":
+        return jax.lax.reduce_window(x, 0.0, jax.lax.max, window, strides, pad)
+    return jax.lax.reduce_window(x, 0.0, jax.lax.add, window, strides, pad) / kernel
+
+
+def window_attention(
+    window: int = 32,
+    kernel: int = 5,
+    pool: Literal["mean", "max"] = "mean",
+    whole_layer: bool = False,
+) -> Score:
+    """Attention received from the last `window` rows of the prompt, pooled along the sequence.
+
+    The rows' softmax runs over everything they saw. The window's own tokens always stay.
+
+    Args:
+      window: rows that vote.
+      kernel: odd number of neighbouring tokens pooled; 1: none.
+      pool: "mean" (zeros beyond the ends are counted) or "max".
+      whole_layer: one vote per layer, the mean over its heads.
+    """
+    return WindowVote(window, kernel, pool, whole_layer)
+
+
+# --- expected attention -------------------------------------------------------------------------
+
+
+@pytree()
+class Moments:
+    """Sums over rows of unrotated scaled queries: first [L, B, Hq, D], second [.., D, D],
+    count float32 [B], last int32 [B] (the highest position)."""
+
+    first: Array
+    second: Array
+    count: Array
+    last: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryMoments(Statistic):
+    """Mean and covariance of queries before rotation, without the first `skip` positions."""
+
+    name: str = "query_moments"
+    skip: int = 4
+
+    def init(self, spec: Spec) -> Moments:
+        shape = (spec.layers, spec.batch, spec.heads, spec.width)
+        return Moments(
+            jnp.zeros(shape),
+            jnp.zeros((*shape, spec.width)),
+            jnp.zeros((spec.batch,)),
+            jnp.full((spec.batch,), -1, jnp.int32),
+        )
+
+    def update(self, value: Moments, k: Array, context: Commit) -> Moments:
+        seen = context.seen
+        weight = (seen.pos >= self.skip).astype(jnp.float32)
+
+        def layer(args: tuple[Array, Rope]) -> tuple[Array, Array]:
+            q, rope = args
+            raw = rotate(q.astype(jnp.float32), seen.pos[:, None], rope, inverse=True)
+            raw = raw * weight[:, None, :, None]
+            return jnp.sum(raw, 2), jnp.einsum("bhtd,bhte->bhde", raw, raw)
+
+        one, two = jax.lax.map(layer, (seen.q, context.rope))
+        return Moments(
+            value.first + one,
+            value.second + two,
+            value.count + jnp.sum(weight, 1),
+            jnp.maximum(value.last, jnp.max(seen.pos, 1)),
+        )
+
+
+def mean_rotation(freq: Array, factor: Array, start: Array, steps: int, width: int) -> Array:
+    """The mean rotation matrix over positions start .. start + steps - 1, [..., D, D].
+
+    Args:
+      freq: [R / 2]. factor: scalar. start: int32 [...].
+    """
+    half = freq.shape[-1]
+    angle = (start[..., None] + jnp.arange(steps))[..., None].astype(jnp.float32) * freq
+    cos, sin = (factor * jnp.mean(f(angle), -2) for f in (jnp.cos, jnp.sin))
+    i = jnp.arange(half)
+    matrix = jnp.zeros((*start.shape, width, width))
+    matrix = matrix.at[..., i, i].set(cos).at[..., i + half, i + half].set(cos)
+    matrix = matrix.at[..., i, i + half].set(-sin).at[..., i + half, i].set(sin)
+    rest = jnp.arange(2 * half, width)
+    return matrix.at[..., rest, rest].set(1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpectedAttention(Score):
+    future: int = 512
+    sinks: int = 4
+    epsilon: float = 0.0
+    covariance: bool = True
+    value_norm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.future < 1:
+            raise ValueError(f"future={self.future}: at least 1 position must be averaged")
+        if self.sinks < 0:
+            raise ValueError(f"sinks={self.sinks}: must be at least 0")
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return (QueryMoments(f"query_moments_{self.sinks}", self.sinks),)
+
+    def __call__(self, kv: KV, context: Commit, unrotated: bool) -> Array:
+        moments: Moments = context.stats[self.statistics[0].name]
+        groups = moments.first.shape[2] // kv.k.shape[2]
+        count = jnp.maximum(moments.count, 1.0)[:, None, None]
+        k = context.rotated(kv, unrotated).astype(jnp.float32)
+        pos = jnp.broadcast_to(kv.pos, kv.k.shape[:4])
+
+        def layer(args: tuple[Array, ...]) -> Array:
+            k, v, pos, one, two, rope = args
+            mean = one / count
+            cov = two / count[..., None] - mean[..., :, None] * mean[..., None, :]
+            turn = mean_rotation(
+                rope.freq, rope.factor, moments.last + 1, self.future, k.shape[-1]
+            )[:, None]
+            mean = jnp.einsum("bhde,bhe->bhd", jnp.broadcast_to(turn, cov.shape), mean)
+            cov = turn @ cov @ jnp.swapaxes(turn, -1, -2)
+            split = lambda x: x.reshape(x.shape[0], -1, groups, *x.shape[2:])  # noqa: E731
+            z = jnp.einsum("bhgd,bhtd->bhgt", split(mean), k)
+            if self.covariance:
+                z = z + 0.5 * jnp.einsum("bhtd,bhgde,bhte->bhgt", k, split(cov), k, optimize=True)
+            free = (pos >= self.sinks)[:, :, None, :]
+            p = jnp.mean(jax.nn.softmax(jnp.where(free, z, -jnp.inf), -1), 2)
+            score = jnp.where(free[:, :, 0], p, 0.0) + self.epsilon
+            if self.value_norm:
+                score = score * jnp.linalg.norm(v.astype(jnp.float32), axis=-1)
+            return jnp.where(pos >= self.sinks, score, jnp.inf)
+
+        return jax.lax.map(layer, (k, kv.v, pos, moments.first, moments.second, context.rope))
+
+
+def expected_attention(
+    future: int = 512,
+    sinks: int = 4,
+    epsilon: float = 0.0,
+    covariance: bool = True,
+    value_norm: bool = True,
+) -> Score:
+    """Attention that a Gaussian of future queries is expected to pay (arXiv 2510.00636).
+
+        z_j = k_j . R mu + k_j' R S R' k_j / 2;   score_j = (mean_g softmax(z)_j + epsilon) |v_j|
+
+    with mu and S the mean and covariance of the prompt's queries before rotation (scaled by the
+    attention scale) and R the mean rotation over the next `future` positions. The first `sinks`
+    positions take no part and always stay.
+    """
+    return ExpectedAttention(future, sinks, epsilon, covariance, value_norm)
+
+
+# --- tokens alone -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyNorm(Score):
+    @property
+    def streaming(self) -> bool:
+        return True
+
+    def __call__(self, kv: KV, context: Commit, unrotated: bool) -> Array:
+        return -jnp.linalg.norm(kv.k.astype(jnp.float32), axis=-1)
+
+
+def key_norm() -> Score:
+    """Minus the norm of the key: small keys tend to receive much attention (arXiv 2406.11430)."""
+    return KeyNorm()
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyDifference(Score):
+    @property
+    def over_set(self) -> bool:
+        return True
+
+    def __call__(self, kv: KV, context: Commit, unrotated: bool) -> Array:
+        k = context.rotated(kv, unrotated).astype(jnp.float32)
+        norm = jnp.linalg.norm(k, axis=-1, keepdims=True)
+        unit = k / jnp.where(norm > 0, norm, 1.0)
+        valid = (kv.pos >= 0)[..., None]
+        anchor = jnp.sum(jnp.where(valid, unit, 0.0), -2, keepdims=True)
+        anchor = anchor / jnp.maximum(jnp.sum(valid, -2, keepdims=True), 1)
+        size = jnp.linalg.norm(anchor, axis=-1, keepdims=True)
+        anchor = anchor / jnp.where(size > 0, size, 1.0)
+        return -jnp.sum(unit * anchor, -1)
+
+
+def key_difference() -> Score:
+    """Minus the cosine between the key and the mean direction of all keys (arXiv 2504.15364)."""
+    return KeyDifference()
+
+
+@dataclasses.dataclass(frozen=True)
+class Recency(Score):
+    sinks: int = 0
+
+    @property
+    def streaming(self) -> bool:
+        return True
+
+    @property
+    def per_head(self) -> bool:
+        return False
+
+    @property
+    def per_layer(self) -> bool:
+        return False
+
+    def __call__(self, kv: KV, context: Commit, unrotated: bool) -> Array:
+        age = kv.pos.astype(jnp.float32)
+        return jnp.where(kv.pos < self.sinks, jnp.inf, age)
+
+
+def recency(sinks: int = 0) -> Score:
+    """The position itself; positions below `sinks` always stay."""
+    return Recency(sinks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Random(Score):
+    seed: int = 0
+
+    @property
+    def streaming(self) -> bool:
+        return True
+
+    def __call__(self, kv: KV, context: Commit, unrotated: bool) -> Array:
+        layers, _, heads = kv.k.shape[:3]
+        lane = jnp.arange(layers)[:, None, None, None] * heads + jnp.arange(heads)[:, None]
+
+        def draw(lane: Array, pos: Array) -> Array:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), lane), pos)
+            return jax.random.uniform(key)
+
+        shape = kv.k.shape[:4]
+        return jnp.vectorize(draw)(jnp.broadcast_to(lane, shape), jnp.broadcast_to(kv.pos, shape))
+
+
+def random(seed: int = 0) -> Score:
+    """Uniform in [0, 1), a function of seed, layer, head and position alone."""
+    return Random(seed)
+
+
+def rank(score: Any, kv: KV) -> Array:
+    """Indices of tokens by descending score, int32 like `score`; invalid tokens last.
+
+    Ties go to the lower position (tokens in flight are in ascending order).
+    """
+    value = jnp.where(kv.pos >= 0, score, -jnp.inf)
+    # Invalid tokens stand behind valid ones that score -inf; lexsort is stable.
+    empty = jnp.broadcast_to(kv.pos < 0, value.shape)
+    return jnp.lexsort((empty, -value)).astype(jnp.int32)

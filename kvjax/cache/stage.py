@@ -1,0 +1,162 @@
+"""What a stage of a chain is: the interface that every way of holding tokens implements."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from kvjax.cache.types import KV, Observation, Partial, Phase, Query, Rope, Spec, rotate
+
+FOREVER = jnp.iinfo(jnp.int32).max // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Commit:
+    """What a commit knows beside the tokens.
+
+    Attributes:
+      phase: "prefill" (the bulk of a prompt), "append", "decode" or "verify".
+      rope: frequencies of all layers of the group.
+      seen: attention statistics of the rows being committed, or None.
+      stats: statistics of the whole prompt by name; only in the bulk commit of `finish`.
+      constants: arrays of the transform (calibration, codebooks, shared prefixes).
+      softcap: of the model's attention logits.
+    """
+
+    phase: Phase
+    rope: Rope
+    seen: Observation | None = None
+    stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    constants: Any = None
+    softcap: float | None = None
+
+    def rotated(self, kv: KV, unrotated: bool) -> Array:
+        """The keys of `kv` [L, B, H, T, D], rotated at their positions."""
+        return rotate(kv.k, kv.pos, self.rope) if unrotated else kv.k
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A float32 that every held token carries; kept current at each commit.
+
+    A subclass gives `update`. Equal columns of several stages are one column.
+    """
+
+    name: str
+
+    def update(self, old: Array, k: Array, pos: Array, context: Commit) -> Array:
+        """The column after rows were committed.
+
+        Args:
+          old: float32 [L, B, H, N]; zeros for the rows being committed themselves.
+          k: [L, B, H, N, D], rotated. pos: int32 [L or 1, B, H or 1, N].
+        """
+        raise NotImplementedError(f"column {self.name!r} has no update rule")
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """Something gathered over the rows of a prompt, for use when it is finished."""
+
+    name: str
+
+    def init(self, spec: Spec) -> Any:
+        raise NotImplementedError(f"statistic {self.name!r} has no initial value")
+
+    def update(self, value: Any, k: Array, context: Commit) -> Any:
+        """After rows were committed: k [L, B, H, T, D] are their keys, rotated (zero for padding),
+        and `context.seen` their queries."""
+        raise NotImplementedError(f"statistic {self.name!r} has no update rule")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One way of holding tokens. Stages are values: equal fields, equal stage.
+
+    A stage's state is a pytree of its own choosing, with all layers of a scan group on the
+    leading axis. Methods are pure.
+    """
+
+    @property
+    def streaming(self) -> bool:
+        """Whether bulk, chunked and token-by-token commits of one stream give the same state."""
+        return True
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Columns that tokens must carry by the time they arrive here."""
+        return ()
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Prompt statistics that the bulk commit of `finish` must find in its context."""
+        return ()
+
+    @property
+    def unrotated(self) -> bool:
+        """Whether keys must arrive before rotary rotation."""
+        return False
+
+    @property
+    def first_only(self) -> bool:
+        """Whether the stage must stand at the head of its chain."""
+        return False
+
+    def init(self, spec: Spec) -> Any:
+        """An empty state able to hold what `spec` says can come. Raises ValueError if it can't."""
+        raise NotImplementedError
+
+    def downstream(self, spec: Spec) -> Spec | None:
+        """What can leave a stage that was initialised with `spec`; None: nothing ever does."""
+        raise NotImplementedError
+
+    def attend(
+        self, state: Any, layer: Array, query: Query, carry: Any
+    ) -> tuple[Partial | None, Any]:
+        """Attention of the query rows over this stage's own slots; None where it has none."""
+        raise NotImplementedError
+
+    def commit(self, state: Any, kv: KV, context: Commit) -> tuple[Any, KV | None]:
+        """Takes tokens (compact, ascending); returns what overflows, compact and ascending."""
+        raise NotImplementedError
+
+    def releases(self, state: Any, kv: KV) -> Array | bool:
+        """Whether `commit` of these tokens lets any leave: bool scalar, or a static answer."""
+        return True
+
+    def observe(self, state: Any, columns: tuple[Column, ...], context: Commit) -> Any:
+        """Brings the columns of held tokens up to date with the rows being committed."""
+        return state
+
+    def held(self, state: Any) -> Array:
+        """Tokens held per row, int32 [B]; the most over layers and heads."""
+        raise NotImplementedError
+
+    def horizon(self, state: Any) -> tuple[Array, bool]:
+        """(tokens, final). The commit of fewer than `tokens` [B] more changes neither what is
+        visible here nor its form. `final`: whether tokens within the horizon stay here, so that
+        later stages do not see them."""
+        raise NotImplementedError
+
+
+def most(count: Array) -> Array:
+    """[L or 1, B, H or 1] -> [B], the largest over layers and heads."""
+    return jnp.max(count, axis=(0, 2))
+
+
+def least(count: Array) -> Array:
+    """[L or 1, B, H or 1] -> [B], the smallest over layers and heads."""
+    return jnp.min(count, axis=(0, 2))
+
+
+def observe_slots(kv: KV, columns: tuple[Column, ...], context: Commit, unrotated: bool) -> KV:
+    """Updates the columns of an exact buffer."""
+    if not columns:
+        return kv
+    k = context.rotated(kv, unrotated)
+    extra = {c.name: c.update(kv.extra[c.name], k, kv.pos, context) for c in columns}
+    return dataclasses.replace(kv, extra={**kv.extra, **extra})

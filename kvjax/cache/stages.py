@@ -1,0 +1,330 @@
+"""Exact stages: `first`, `recent`, `by_position`, `prefix`, `forget`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvjax.cache import buffer
+from kvjax.cache.attention import attend_slots, dot_keys, dot_values
+from kvjax.cache.ring import Window, tree_gather, tree_write
+from kvjax.cache.stage import FOREVER, Commit, Stage, least, most, observe_slots
+from kvjax.cache.types import KV, Partial, Query, Spec, partial_attention, pytree, rotate
+from kvjax.codecs import as_pair
+
+
+@pytree("spec")
+class Slots:
+    """State of an exact stage.
+
+    Attributes:
+      kv: the buffer, slots in any order.
+      seen: int32 [L or 1, B, H or 1], tokens that have arrived here.
+    """
+
+    kv: KV
+    seen: Array
+    spec: Spec
+
+    def replace(self, **changes: Any) -> Slots:
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotStage(Stage):
+    """What the exact stages share: storing, reading, and updating the columns of a buffer.
+
+    With a codec the slots hold coded tokens; only codecs that code each token by itself can, since
+    slots are replaced one by one.
+    """
+
+    def _pair(self, width: int | None = None) -> Any:
+        codec = getattr(self, "codec", None)
+        if codec is None:
+            return None
+        pair = as_pair(codec)
+        for name, part in (("keys", pair.k), ("values", pair.v)):
+            if part.block != 1:
+                raise ValueError(
+                    f"{type(self).__name__.lower()}(codec={codec}): the codec of {name} codes "
+                    f"{part.block} tokens together, but slots are replaced one by one; use a "
+                    "codec of single tokens, such as quantize(4, axis='token')"
+                )
+            if width is not None:
+                part.check(width)
+        return pair
+
+    def _empty(self, spec: Spec, slots: int, extra: tuple[str, ...] = ()) -> Slots:
+        kv = buffer.empty(spec, slots, spec.columns + extra)
+        if (pair := self._pair(spec.width)) is not None:
+            lead = (spec.layers, spec.batch, spec.kv_heads)
+            k, v = (c.empty(lead, slots, spec.width, spec.dtype) for c in (pair.k, pair.v))
+            kv = dataclasses.replace(kv, k=k, v=v)
+        return Slots(kv, jnp.zeros(spec.lead, jnp.int32), spec)
+
+    def _store(self, kv: KV, spec: Spec) -> KV:
+        """Tokens in flight -> as they are stored here."""
+        if (pair := self._pair()) is None:
+            cast = lambda x: x.astype(spec.dtype)  # noqa: E731
+            return dataclasses.replace(kv, k=cast(kv.k), v=cast(kv.v))
+        valid = jnp.broadcast_to(kv.pos >= 0, (*kv.lead, kv.size))
+        return dataclasses.replace(kv, k=pair.k.encode(kv.k, valid), v=pair.v.encode(kv.v, valid))
+
+    def _load(self, kv: KV, spec: Spec) -> KV:
+        """The inverse of `_store`, for tokens that leave."""
+        if (pair := self._pair()) is None:
+            return kv
+        k, v = pair.k.decode(kv.k, spec.dtype), pair.v.decode(kv.v, spec.dtype)
+        return buffer.head(dataclasses.replace(kv, k=k, v=v), kv.size)
+
+    def observe(self, state: Slots, columns: tuple, context: Commit) -> Slots:
+        if not columns:
+            return state
+        loaded = self._load(state.kv, state.spec)
+        extra = observe_slots(loaded, columns, context, state.spec.unrotated).extra
+        return state.replace(kv=dataclasses.replace(state.kv, extra=extra))
+
+    def held(self, state: Slots) -> Array:
+        return most(state.kv.count)
+
+    def _read(self, state: Slots, layer: Array, query: Query, **how: Any) -> Partial:
+        return attend_slots(
+            state.kv, layer, query, unrotated=state.spec.unrotated, pair=self._pair(), **how
+        )
+
+    def attend(self, state: Slots, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
+        used = jnp.max(jnp.minimum(state.seen, state.kv.size))
+        return self._read(state, layer, query, used=used), carry
+
+
+@dataclasses.dataclass(frozen=True)
+class First(SlotStage):
+    n: int
+    positions: Literal["true", "slot"] = "true"
+    codec: Any = None
+
+    def __post_init__(self) -> None:
+        self._pair()
+        if self.n < 0:
+            raise ValueError(f"first(n={self.n}): n must be at least 0")
+        if self.positions not in ("true", "slot"):
+            raise ValueError(f"first(positions={self.positions!r}): expected 'true' or 'slot'")
+
+    def init(self, spec: Spec) -> Slots:
+        return self._empty(spec, min(self.n, spec.max_length))
+
+    def downstream(self, spec: Spec) -> Spec | None:
+        return spec.less(self.n) if spec.max_length > self.n else None
+
+    def attend(self, state: Slots, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
+        q = None
+        if self.positions == "slot":
+            # Close the gap that eviction left: the query moves, the stored keys do not.
+            q = rotate(query.raw, (query.pos - query.gap[:, None])[:, None], query.rope)
+        return self._read(state, layer, query, q=q), carry
+
+    def releases(self, state: Slots, kv: KV) -> Array:
+        return jnp.any(state.seen + kv.count > self.n)
+
+    def commit(self, state: Slots, kv: KV, context: Commit) -> tuple[Slots, KV]:
+        slots = state.kv.size
+        slot = state.seen[..., None] + jnp.arange(kv.size, dtype=jnp.int32)
+        held = buffer.put(state.kv, slot, self._store(kv, state.spec))
+        taken = jnp.minimum(slots - jnp.minimum(state.seen, slots), kv.count)
+        return state.replace(kv=held, seen=state.seen + kv.count), buffer.drop_first(kv, taken)
+
+    def horizon(self, state: Slots) -> tuple[Array, bool]:
+        return jnp.full(state.seen.shape[1:2], FOREVER), False
+
+
+def first(n: int, positions: Literal["true", "slot"] = "true", codec: Any = None) -> First:
+    """The first n tokens that arrive, exactly; all later ones flow on.
+
+    Args:
+      n: tokens kept per row.
+      positions: "true": keys are read at their positions. "slot": the query is read as if the
+        tokens that the chain no longer holds had never been, so that distances count held tokens
+        only (StreamingLLM, arXiv 2309.17453).
+      codec: per-token codec, or per_kv of two; None: exact.
+
+    >>> first(4) == first(4)
+    True
+    """
+    return First(n, positions, codec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recent(SlotStage):
+    n: int
+    release: int = 1
+    codec: Any = None
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"recent(n={self.n}): n must be at least 1")
+        Window(self.n, self.release)
+        self._pair()
+
+    def _window(self, spec: Spec) -> Window:
+        # A window that can never be full needs no room for tokens about to leave.
+        return (
+            Window(spec.max_length) if spec.max_length <= self.n else Window(self.n, self.release)
+        )
+
+    def init(self, spec: Spec) -> Slots:
+        return self._empty(spec, self._window(spec).capacity)
+
+    def downstream(self, spec: Spec) -> Spec | None:
+        return spec.less(self.n) if spec.max_length > self.n else None
+
+    def releases(self, state: Slots, kv: KV) -> Array:
+        window = self._window(state.spec)
+        return jnp.any(window.left(state.seen + kv.count) > window.left(state.seen))
+
+    def commit(self, state: Slots, kv: KV, context: Commit) -> tuple[Slots, KV]:
+        window, seen, held = self._window(state.spec), state.seen, state.kv
+        total = seen + kv.count
+        old = window.left(seen)
+        number = old[..., None] + jnp.arange(window.leaving(kv.size), dtype=jnp.int32)
+        number = jnp.where(number < window.left(total)[..., None], number, -1)
+        rows = dataclasses.replace(
+            self._store(kv, state.spec),
+            pos=jnp.broadcast_to(kv.pos, (*held.pos.shape[:3], kv.size)),
+            extra={name: buffer.column(kv, name) for name in held.extra},
+        )
+        over = tree_gather(window, held, rows, seen, number)
+        over = dataclasses.replace(over, pos=jnp.where(number >= 0, over.pos, -1))
+        new = tree_write(window, held, rows, seen, kv.count)
+        new = dataclasses.replace(new, pos=jnp.where(window.held(total) >= 0, new.pos, -1))
+        over = self._load(buffer.head(over, over.size), state.spec)
+        return state.replace(kv=new, seen=total), over
+
+    def horizon(self, state: Slots) -> tuple[Array, bool]:
+        return least(self._window(state.spec).horizon(state.seen)), True
+
+
+def recent(n: int, release: int = 1, codec: Any = None) -> Recent:
+    """The newest n tokens exactly; older ones flow on, `release` at a time.
+
+    Holds up to n + release - 1 tokens per row, in a ring: nothing is ever shifted.
+
+    Args:
+      n: tokens always held, at least 1.
+      release: how many leave together, oldest first (a group for a codec that needs one).
+      codec: per-token codec, or per_kv of two; None: exact.
+    """
+    return Recent(n, release, codec)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByPosition(SlotStage):
+    n: int
+    codec: Any = None
+
+    def __post_init__(self) -> None:
+        self._pair()
+        if self.n < 1:
+            raise ValueError(f"by_position(n={self.n}): n must be at least 1")
+
+    @property
+    def first_only(self) -> bool:
+        return True
+
+    def init(self, spec: Spec) -> Slots:
+        if spec.max_length > self.n:
+            raise ValueError(
+                f"by_position(n={self.n}) holds positions 0 to {self.n - 1}, but the cache is for "
+                f"max_length={spec.max_length} tokens"
+            )
+        return self._empty(spec, self.n)
+
+    def downstream(self, spec: Spec) -> Spec | None:
+        return None
+
+    def attend(self, state: Slots, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
+        batch, slots = query.pos.shape[0], state.kv.size
+        slot = jnp.where(query.pos >= 0, query.pos, slots)
+        superseded = jnp.zeros((batch, slots), bool)
+        superseded = superseded.at[jnp.arange(batch)[:, None], slot].set(True, mode="drop")
+        used = jnp.max(state.kv.pos) + 1
+        return self._read(state, layer, query, used=used, hidden=superseded), carry
+
+    def releases(self, state: Slots, kv: KV) -> bool:
+        return False
+
+    def commit(self, state: Slots, kv: KV, context: Commit) -> tuple[Slots, None]:
+        held = buffer.put(state.kv, kv.pos, self._store(kv, state.spec))
+        return state.replace(kv=held, seen=held.count), None
+
+    def horizon(self, state: Slots) -> tuple[Array, bool]:
+        return jnp.full(state.seen.shape[1:2], FOREVER), True
+
+
+def by_position(n: int, codec: Any = None) -> ByPosition:
+    """Every token in the slot of its position; a token committed again replaces itself.
+
+    For diffusion decoding: slots whose position is among the new rows are superseded and not
+    read. Must stand first in a chain; nothing flows on.
+
+    Args:
+      n: slots, at least the longest sequence.
+      codec: per-token codec, or per_kv of two; None: exact.
+    """
+    return ByPosition(n, codec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(Stage):
+    name: str = "prefix"
+
+    def init(self, spec: Spec) -> Array:
+        return jnp.zeros((spec.batch,), jnp.int32)
+
+    def downstream(self, spec: Spec) -> Spec:
+        return spec
+
+    def attend(self, state: Array, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
+        shared = query.constants[self.name]
+        k, v = (jax.lax.dynamic_index_in_dim(x, layer, 0, False)[0] for x in (shared.k, shared.v))
+        pos = shared.pos[0, 0, 0]
+        batch, query_heads, rows, width = query.q.shape
+        heads = k.shape[0]
+        # All rows of the batch against one copy of the keys: [H, B * G * T, D].
+        q = query.q.reshape(batch, heads, -1, width)
+        merged = jnp.moveaxis(q, 0, 1).reshape(heads, -1, width)
+        logits = query.cap(dot_keys(merged, k))
+        mask = (pos >= 0)[None, None, :]
+        if query.window:
+            near = query.pos[:, None, :, None] - pos < query.span
+            near = jnp.broadcast_to(near, (batch, query_heads // heads, rows, pos.shape[0]))
+            mask = mask & near.reshape(1, -1, pos.shape[0])
+        part = partial_attention(logits, mask, lambda p: dot_values(p, v))
+
+        def back(x: Array) -> Array:
+            x = x.reshape(heads, batch, *q.shape[2:3], *x.shape[2:])
+            return jnp.moveaxis(x, 1, 0)
+
+        return query.ungroup(jax.tree.map(back, part)), carry
+
+    def commit(self, state: Array, kv: KV, context: Commit) -> tuple[Array, KV]:
+        return state, kv
+
+    def held(self, state: Array) -> Array:
+        return state * 0
+
+    def horizon(self, state: Array) -> tuple[Array, bool]:
+        return jnp.full(state.shape, FOREVER), False
+
+
+def prefix(name: str = "prefix") -> Prefix:
+    """A prefix shared by all rows of the batch, held once (Hydragen, arXiv 2402.05099).
+
+    The tokens are a constant of the cache: `constants[name]` is a KV with k, v [L, 1, H, N, D]
+    and pos [1, 1, 1, N], keys rotated. The whole batch attends to it by one matrix product.
+    Everything committed flows on.
+    """
+    return Prefix(name)

@@ -1,0 +1,443 @@
+"""`store`: everything that comes, coded. Keys and values may change form at different times."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvjax.cache import buffer
+from kvjax.cache.attention import dot_keys, dot_values
+from kvjax.cache.paging import Pool, Rectangle, per_layer
+from kvjax.cache.ring import Window
+from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, least, most
+from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
+from kvjax.codecs import Codec, Dense, PerKV, as_pair, dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Constants of a codec that are found from the prompt itself, and then stay.
+
+    Attributes of subclasses: `statistics` that `finish` must have gathered.
+    """
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return ()
+
+    def init(self, spec: Spec) -> dict[str, Array]:
+        """Neutral constants, by the names that the codec reads; each [L, B, H, ...]."""
+        raise NotImplementedError
+
+    def __call__(self, context: Commit) -> dict[str, Array]:
+        """The constants, from `context.stats`."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Which pages of a store a query reads; the others stay, unread. See `readers`."""
+
+    pages: int
+    page: int = 16
+
+    def init(self, spec: Spec, pages: int) -> Any:
+        """The index beside the entries; leaves [L, B, H, pages, ...]."""
+        raise NotImplementedError
+
+    def write(self, index: Any, number: Array, k: Array, valid: Array) -> Any:
+        """Notes pages. number: [L or 1, B, H or 1, M], -1 none; k: [L, B, H, M, page, D], rotated;
+        valid: bool, like k without D."""
+        raise NotImplementedError
+
+    def select(self, index: Any, query: Query, q: Array, complete: Array) -> Array:
+        """Page numbers to read, int32 [B, H, pages], -1 for none.
+
+        Args:
+          index: of one layer, leaves [B, H, pages, ...].
+          q: [B, H, R, D]. complete: int32 [B, H or 1], how many pages there are.
+        """
+        raise NotImplementedError
+
+
+@pytree("spec")
+class Stored:
+    """State of a store.
+
+    Attributes:
+      seen: int32 [L or 1, B, H or 1], tokens that have arrived.
+      pos: positions by order of arrival, and `extra` columns likewise.
+      k, v: coded units. k_ring, v_ring: [L, B, H, capacity, D], exact tokens not coded yet.
+      place: where units lie (`Rectangle` or `Pool`).
+      fitted: constants of the codec found from the prompt. index: of the reader.
+    """
+
+    seen: Array
+    pos: Array
+    extra: dict[str, Array]
+    k: Any
+    v: Any
+    k_ring: Array
+    v_ring: Array
+    place: Rectangle | Pool
+    fitted: dict[str, Array]
+    index: Any
+    spec: Spec
+
+    def replace(self, **changes: Any) -> Stored:
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Store(Stage):
+    codec: PerKV
+    keys: Window
+    values: Window
+    rope: str = "after"
+    fit: Fit | None = None
+    reader: Reader | None = None
+
+    def __post_init__(self) -> None:
+        for name, codec, window in (
+            ("keys", self.codec.k, self.keys),
+            ("values", self.codec.v, self.values),
+        ):
+            if window.release % codec.block:
+                raise ValueError(
+                    f"store({name}={window}): the codec of {name}, {codec}, codes {codec.block} "
+                    f"tokens together, so release must be a multiple of {codec.block}"
+                )
+        if self.rope not in ("before", "after"):
+            raise ValueError(f"store(rope={self.rope!r}): expected 'before' or 'after'")
+
+    @property
+    def streaming(self) -> bool:
+        return self.fit is None
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return () if self.fit is None else self.fit.statistics
+
+    @property
+    def unrotated(self) -> bool:
+        return self.rope == "before"
+
+    @property
+    def unit(self) -> int:
+        page = 1 if self.reader is None else self.reader.page
+        return math.lcm(self.codec.k.block, self.codec.v.block, page)
+
+    def init(self, spec: Spec) -> Stored:
+        self.codec.k.check(spec.width)
+        self.codec.v.check(spec.width)
+        length = spec.max_length
+        room = [max(length - w.n, 0) // w.release * w.release for w in (self.keys, self.values)]
+        if spec.totals is not None:
+            if self.reader is not None:
+                raise ValueError("store(reader=...) needs heads of equal budget, not a ragged one")
+            place: Rectangle | Pool = Pool.init(spec, length, self.unit)
+            slots = [place.slots, place.slots]
+            tokens = place.slots
+        else:
+            place = Rectangle.init(spec, min(room), self.unit)
+            slots = [max(-(-r // self.unit) * self.unit, place.slots) for r in room]
+            tokens = max(length, place.slots)
+        lead = place.lead(spec)
+        k, v = (
+            c.empty(lead, n, spec.width, spec.dtype) if n else ()
+            for c, n in zip((self.codec.k, self.codec.v), slots)
+        )
+        head = (spec.layers, spec.batch, spec.kv_heads)
+        rings = (
+            jnp.zeros((*head, min(w.capacity, length), spec.width), spec.dtype)
+            for w in (self.keys, self.values)
+        )
+        seen = (spec.layers, spec.batch, spec.kv_heads) if spec.totals is not None else spec.lead
+        return Stored(
+            jnp.zeros(seen, jnp.int32),
+            jnp.full((*place.pos_lead(spec), tokens), -1, jnp.int32),
+            {name: jnp.zeros((*lead, tokens), jnp.float32) for name in spec.columns},
+            k, v, *rings, place,
+            {} if self.fit is None else self.fit.init(spec),
+            None if self.reader is None else self.reader.init(spec, place.slots // self.reader.page),
+            spec,
+        )  # fmt: skip
+
+    def downstream(self, spec: Spec) -> None:
+        return None
+
+    def releases(self, state: Stored, kv: KV) -> bool:
+        return False
+
+    # --- writing ---
+
+    def commit(self, state: Stored, kv: KV, context: Commit) -> tuple[Stored, None]:
+        spec, place = state.spec, state.place
+        if context.phase == "prefill" and self.fit is not None and context.stats:
+            state = state.replace(fitted=self.fit(context))
+        if context.phase == "prefill" and isinstance(place, Pool):
+            growth = spec.max_length - spec.prompt
+            place = place.allocate(jnp.broadcast_to(kv.count + growth, state.seen.shape))
+            state = state.replace(place=place)
+        seen = state.seen
+        arrived = jnp.broadcast_to(kv.count, seen.shape)
+        total = seen + arrived
+        number = seen[..., None] + jnp.arange(kv.size, dtype=jnp.int32)
+        number = jnp.where(number < total[..., None], number, -1)
+        pos = jnp.broadcast_to(kv.pos, (*seen.shape, kv.size))
+        extra = {
+            name: place.write(x, number, buffer.column(kv, name)) for name, x in state.extra.items()
+        }
+        k, k_ring = self._code(
+            state, self.codec.k, self.keys, state.k, state.k_ring, kv.k, arrived, context
+        )
+        v, v_ring = self._code(
+            state, self.codec.v, self.values, state.v, state.v_ring, kv.v, arrived, context
+        )
+        index = state.index
+        state = state.replace(
+            seen=total, pos=place.write(state.pos, number, pos), extra=extra,
+            k=k, v=v, k_ring=k_ring, v_ring=v_ring,
+        )  # fmt: skip
+        if self.reader is not None:
+            state = state.replace(index=self._note_pages(state, index, seen, kv, context))
+        return state, None
+
+    def _code(
+        self, state: Stored, codec: Codec, window: Window, code: Any, ring: Array, rows: Array,
+        arrived: Array, context: Commit,
+    ) -> tuple[Any, Array]:  # fmt: skip
+        """Codes what leaves the exact window of one side, and takes the new rows into it."""
+        seen, place = state.seen, state.place
+        rows = rows.astype(state.spec.dtype)
+        window = _fitting(window, ring)
+        if jax.tree.leaves(code):
+            old, new = window.left(seen), window.left(seen + arrived)
+            count = window.leaving(rows.shape[3])
+            constants = self._constants(codec, state, context.constants)
+
+            def encode(code: Any) -> Any:
+                number = old[..., None] + jnp.arange(count, dtype=jnp.int32)
+                valid = number < new[..., None]
+                x = window.gather(ring, rows, seen, jnp.where(valid, number, 0))
+                shape = (*x.shape[:3], count)
+                units = codec.encode(x, jnp.broadcast_to(valid, shape), None, constants)
+                # Only whole units leave a window, so a unit's first token speaks for it.
+                at = jnp.where(valid, number // codec.block, -1)[..., :: codec.block]
+                return jax.tree.map(lambda a, b: place.write(a, at, b, codec.block), code, units)
+
+            if window.release > 1 and rows.shape[3] <= buffer.FEW:
+                code = jax.lax.cond(jnp.any(new > old), encode, lambda code: code, code)
+            else:
+                code = encode(code)
+        return code, window.write(ring, rows, seen, arrived)
+
+    def _constants(self, codec: Codec, state: Stored, given: Any) -> dict[str, Array] | None:
+        names = codec.constants_spec(state.spec.width)
+        if not names:
+            return None
+        found = {**(given or {}), **state.fitted}
+        missing = sorted(names.keys() - found.keys())
+        if missing:
+            raise ValueError(f"{codec} needs the constants {missing}; give them to init_cache")
+        return {name: found[name] for name in names}
+
+    def _note_pages(self, state: Stored, index: Any, seen: Array, kv: KV, context: Commit) -> Any:
+        """Shows the reader every page that these rows completed."""
+        page, spec = self.reader.page, state.spec
+        coded = self._coded(state.seen)
+        was = self._coded(seen)
+        first, last = was // page, coded // page
+        span = (kv.size + max(self.keys.release, self.values.release, page)) // page + 1
+        number = first[..., None] + jnp.arange(span, dtype=jnp.int32)
+        number = jnp.where(number < last[..., None], number, -1)
+
+        def write(index: Any) -> Any:
+            token = jnp.maximum(number, 0)[..., None] * page + jnp.arange(page)
+            token = token.reshape(*number.shape[:3], -1)
+            constants = self._constants(self.codec.k, state, context.constants)
+            units = token[..., :: self.codec.k.block] // self.codec.k.block
+            at = lambda x: jnp.take_along_axis(  # noqa: E731
+                x, units.reshape(units.shape + (1,) * (x.ndim - 4)), 3
+            )
+            k = self.codec.k.decode(jax.tree.map(at, state.k), jnp.float32, constants)
+            pos = jnp.take_along_axis(state.pos, token, 3)
+            if spec.unrotated:
+                k = rotate(k, pos, context.rope)
+            k = k.reshape(*k.shape[:3], span, page, k.shape[-1])
+            valid = (pos >= 0).reshape(*pos.shape[:3], span, page)
+            return self.reader.write(index, number, k, valid)
+
+        return jax.lax.cond(jnp.any(last > first), write, lambda index: index, index)
+
+    def _coded(self, seen: Array) -> Array:
+        """Tokens of which both key and value are coded."""
+        return jnp.minimum(self.keys.left(seen), self.values.left(seen))
+
+    # --- reading ---
+
+    def attend(self, state: Stored, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
+        q = query.grouped(query.q, state.spec.kv_heads)
+        seen = per_layer(state.seen, layer)
+        coded = self._coded(seen)
+        done = None
+        if jax.tree.leaves(state.k) and jax.tree.leaves(state.v) and state.place.slots:
+            done = self._attend_coded(state, layer, query, q, coded)
+        if self.keys.capacity or self.values.capacity:
+            tail = self._attend_tail(state, layer, query, q, seen, coded)
+            done = tail if done is None else merge(done, tail)
+        return query.ungroup(done), carry
+
+    def _of_layer(self, codec: Codec, state: Stored, layer: Array, query: Query) -> Any:
+        constants = self._constants(codec, state, query.constants)
+        return jax.tree.map(lambda x: per_layer(x, layer), constants)
+
+    def _attend_coded(
+        self, state: Stored, layer: Array, query: Query, q: Array, coded: Array
+    ) -> Partial:
+        ck, cv = self.codec.k, self.codec.v
+        kc, vc = (self._of_layer(c, state, layer, query) for c in (ck, cv))
+
+        def part(read: Any, mask: Array, q: Array, rows: Array) -> Partial:
+            pos = read(state.pos, 1)
+            code = jax.tree.map(lambda x: read(x, ck.block), state.k)
+            if state.spec.unrotated:
+                k = ck.decode(code, query.q.dtype, kc)
+                logits = dot_keys(q, rotate(k, pos, query.rope))
+            else:
+                logits = ck.scores(q, code, kc)
+            logits = query.cap(logits)
+            if "bias" in state.extra:
+                logits = logits + read(state.extra["bias"], 1)[..., None, :]
+            seen = _visible(query, pos, rows) & mask[..., None, :]
+            code = jax.tree.map(lambda x: read(x, cv.block), state.v)
+            return partial_attention(logits, seen, lambda p: cv.mix(p, code, vc))
+
+        rows = self._rows(query, q)
+        if self.reader is None:
+            return state.place.fold(layer, query, q, rows, coded, part)
+        # Two phases: the reader names pages, and only those are gathered and decoded.
+        page = self.reader.page
+        index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
+        chosen = self.reader.select(index, query, q, coded // page)
+        chosen = jnp.broadcast_to(chosen, (*q.shape[:2], chosen.shape[-1]))
+
+        def read(x: Array, block: int) -> Array:
+            each = page // block
+            unit = jnp.maximum(chosen, 0)[..., None] * each + jnp.arange(each)
+            return state.place.gather(x, layer, unit.reshape(*chosen.shape[:2], -1), block)
+
+        there = jnp.repeat(chosen >= 0, page, -1)
+        picked = part(read, there, q, rows)
+        # The last, incomplete page is always read.
+        token = (coded // page * page)[..., None] + jnp.arange(page)
+        rest = lambda x, block: state.place.gather(  # noqa: E731
+            x, layer, token[..., ::block] // block, block
+        )
+        return merge(picked, part(rest, token < coded[..., None], q, rows))
+
+    @staticmethod
+    def _rows(query: Query, q: Array) -> Array:
+        """Positions of the grouped query rows, int32 [B, H, G * T]."""
+        return jnp.tile(query.pos[:, None], (1, q.shape[1], q.shape[2] // query.pos.shape[1]))
+
+    def _attend_tail(
+        self, state: Stored, layer: Array, query: Query, q: Array, seen: Array, coded: Array
+    ) -> Partial:
+        """Tokens of which the key or the value is still exact."""
+        length = max(state.k_ring.shape[3], state.v_ring.shape[3])
+        number = coded[..., None] + jnp.arange(length, dtype=jnp.int32)
+        mask = number < seen[..., None]
+        pos = state.place.gather(state.pos, layer, number)
+        k = self._side(
+            state, self.codec.k, self.keys, state.k, state.k_ring, layer, query, seen, number
+        )
+        v = self._side(
+            state, self.codec.v, self.values, state.v, state.v_ring, layer, query, seen, number
+        )
+        if state.spec.unrotated:
+            k = rotate(k, pos, query.rope)
+        logits = query.cap(dot_keys(q, k))
+        if "bias" in state.extra:
+            logits = logits + state.place.gather(state.extra["bias"], layer, number)[:, :, None]
+        seen_mask = _visible(query, pos, self._rows(query, q)) & mask[..., None, :]
+        return partial_attention(logits, seen_mask, lambda p: dot_values(p, v))
+
+    def _side(
+        self, state: Stored, codec: Codec, window: Window, code: Any, ring: Array, layer: Array,
+        query: Query, seen: Array, number: Array,
+    ) -> Array:  # fmt: skip
+        """Exact or decoded values of arrivals `number` [B, H or 1, M] of one layer."""
+        other = self.values if window is self.keys else self.keys
+        window = _fitting(window, ring)
+        exact = None
+        if window.capacity:
+            held = per_layer(ring, layer)
+            exact = jnp.take_along_axis(held, (number % window.capacity)[..., None], 2)
+            if not jax.tree.leaves(code) or window == other:
+                return exact
+        block = codec.block
+        first = number[..., :1] // block
+        count = -(-number.shape[-1] // block) + (1 if block > 1 else 0)
+        units = first + jnp.arange(count)
+        got = jax.tree.map(lambda x: state.place.gather(x, layer, units, block), code)
+        constants = self._of_layer(codec, state, layer, query)
+        decoded = codec.decode(got, state.spec.dtype, constants)
+        decoded = jnp.take_along_axis(decoded, (number - first * block)[..., None], 2)
+        if exact is None:
+            return decoded
+        return jnp.where((number >= window.left(seen)[..., None])[..., None], exact, decoded)
+
+    def held(self, state: Stored) -> Array:
+        return most(state.seen)
+
+    def horizon(self, state: Stored) -> tuple[Array, bool]:
+        reach = jnp.full(state.seen.shape[1:2], FOREVER)
+        for codec, window in ((self.codec.k, self.keys), (self.codec.v, self.values)):
+            if not isinstance(codec, Dense):
+                reach = jnp.minimum(reach, least(window.horizon(state.seen)))
+        return reach, True
+
+
+def _fitting(window: Window, ring: Array) -> Window:
+    """The window of a ring that was cut to the most tokens that can ever come."""
+    return window if ring.shape[3] == window.capacity else Window(ring.shape[3])
+
+
+def _visible(query: Query, pos: Array, rows: Array) -> Array:
+    """bool [..., R or 1, N]: which tokens at pos [..., N] each row at rows [..., R] may see."""
+    there = (pos >= 0)[..., None, :]
+    if not query.window:
+        return there
+    return there & (rows[..., :, None] - pos[..., None, :] < query.span)
+
+
+def store(
+    codec: Codec | PerKV | None = None,
+    *,
+    keys: Window | None = None,
+    values: Window | None = None,
+    rope: str = "after",
+    fit: Fit | None = None,
+    reader: Reader | None = None,
+) -> Store:
+    """Holds everything that comes, coded; the end of a chain.
+
+    Args:
+      codec: how tokens are stored, one codec or `per_kv(k=..., v=...)`; None: exactly.
+      keys, values: which of the newest keys (values) are still exact: `Window(n, release)` holds
+        at least n and codes `release` at a time. None: a codec of single tokens codes at once, one
+        that codes tokens together waits until there are enough.
+      rope: whether keys are coded "before" or "after" rotary rotation.
+      fit: finds the codec's constants from the prompt.
+      reader: chooses what each query reads; None: everything.
+    """
+    pair = as_pair(dense() if codec is None else codec)
+    keys = Window(0, pair.k.block) if keys is None else keys
+    values = Window(0, pair.v.block) if values is None else values
+    return Store(pair, keys, values, rope, fit, reader)
