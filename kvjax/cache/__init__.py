@@ -33,6 +33,7 @@ from kvjax.cache.scores import (
     recency,
     window_attention,
 )
+from kvjax.cache.share import Share, share
 from kvjax.cache.stage import Column, Commit, Stage, Statistic
 from kvjax.cache.stages import by_position, first, prefix, recent
 from kvjax.cache.store import Fit, Reader, Store, store
@@ -68,6 +69,7 @@ __all__ = [
     "Reader",
     "Rope",
     "Score",
+    "Share",
     "Spec",
     "Stage",
     "Statistic",
@@ -104,6 +106,7 @@ __all__ = [
     "recent",
     "rope_of",
     "rotate",
+    "share",
     "span_of",
     "store",
     "uniform",

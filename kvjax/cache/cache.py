@@ -122,6 +122,7 @@ def init_cache(
             config.head_dim,
             max_length,
             prompt,
+            prompt,
             dtype,
         )
         states.append(t.init(spec))

@@ -77,7 +77,8 @@ class Chain:
 
     def init(self, spec: Spec) -> Any:
         """State before a prompt of at most `spec.prompt` tokens (0: none, ready for tokens)."""
-        spec = spec.replace(unrotated=self.unrotated)
+        whole = spec.whole_prompt or spec.prompt
+        spec = spec.replace(unrotated=self.unrotated, whole_prompt=whole)
         ready = self._init_stages(spec)  # raises whatever is wrong with the sizes, early
         if self.streaming or spec.prompt == 0:
             return ready
@@ -175,8 +176,8 @@ class Chain:
         leaves = False if last else stage.releases(state[0], kv)
         if leaves is False:
             return keep(state)
-        if leaves is True or kv.size > buffer.FEW:
-            return flow(state)
+        if leaves is True or kv.size > buffer.FEW or context.stats:
+            return flow(state)  # a finished prompt passes every stage: some fit themselves to it
         # Most single tokens move nothing: branch once, outside of all layers and rows.
         return jax.lax.cond(leaves, flow, keep, state)
 

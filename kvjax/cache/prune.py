@@ -60,6 +60,14 @@ class Prune(Stage):
         ]
 
     def init(self, spec: Spec) -> Stateless:
+        kept, always = int(self.kept(np.asarray(spec.prompt))), self.score.always
+        if kept < min(always, spec.prompt):
+            size = f"n={self.n}" if self.keep is None else f"keep={float(self.keep):g}"
+            raise ValueError(
+                f"prune({size}) keeps {kept} of a prompt of {spec.prompt} tokens, but "
+                f"{self.score} always keeps {min(always, spec.prompt)}: keep more, or give the "
+                "score fewer such tokens"
+            )
         return Stateless(spec)
 
     def downstream(self, spec: Spec) -> Spec | None:
@@ -86,7 +94,10 @@ class Prune(Stage):
         value = self.score(kv, context, spec.unrotated)
         value = jnp.broadcast_to(value, (*after.lead, kv.size))
         length = jnp.max(kv.count, (0, 2))
-        per_head = self.budget.layers(self.kept(length), length, spec.layers)
+        kept = jnp.maximum(self.kept(length), jnp.minimum(self.score.always, length))
+        per_head = self.budget.layers(kept, length, spec.layers)
+        # Room is made for a prompt of full length; a shorter one may ask a layer for more.
+        per_head = jnp.minimum(per_head, jnp.asarray(self._layers(spec))[:, None])
         number = self.budget.heads(value, per_head[: after.lead[0]])
         wins = (jnp.argsort(rank(value, kv), -1) < number[..., None]) & (kv.pos >= 0)
         kept, _ = buffer.compact(kv, wins)

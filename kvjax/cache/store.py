@@ -140,6 +140,11 @@ class Store(Stage):
         if spec.totals is not None:
             if self.reader is not None:
                 raise ValueError("store(reader=...) needs heads of equal budget, not a ragged one")
+            if any(c.constants_spec(spec.width) for c in (self.codec.k, self.codec.v)):
+                raise ValueError(
+                    f"store(codec={self.codec}): a codec with constants needs heads of equal "
+                    "budget, not a ragged one"
+                )
             place: Rectangle | Pool = Pool.init(spec, length, self.unit)
             slots = [place.slots, place.slots]
             tokens = place.slots
