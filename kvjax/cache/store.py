@@ -14,7 +14,7 @@ from kvjax.cache import buffer
 from kvjax.cache.attention import dot_keys, dot_values
 from kvjax.cache.paging import Pool, Rectangle, per_layer
 from kvjax.cache.ring import Window
-from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, least, most
+from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, least, most, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
 from kvjax.codecs import Codec, Dense, PerKV, as_pair, dense
 
@@ -400,6 +400,9 @@ class Store(Stage):
 
     def held(self, state: Stored) -> Array:
         return most(state.seen)
+
+    def tokens(self, state: Stored) -> Array:
+        return total(state.seen, state.spec)
 
     def horizon(self, state: Stored) -> tuple[Array, bool]:
         reach = jnp.full(state.seen.shape[1:2], FOREVER)
