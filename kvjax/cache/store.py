@@ -191,9 +191,9 @@ class Store(Stage):
             state = state.replace(place=place)
         seen = state.seen
         arrived = jnp.broadcast_to(kv.count, seen.shape)
-        total = seen + arrived
+        after = seen + arrived
         number = seen[..., None] + jnp.arange(kv.size, dtype=jnp.int32)
-        number = jnp.where(number < total[..., None], number, -1)
+        number = jnp.where(number < after[..., None], number, -1)
         pos = jnp.broadcast_to(kv.pos, (*seen.shape, kv.size))
         extra = {
             name: place.write(x, number, buffer.column(kv, name)) for name, x in state.extra.items()
@@ -206,7 +206,7 @@ class Store(Stage):
         )
         index = state.index
         state = state.replace(
-            seen=total, pos=place.write(state.pos, number, pos), extra=extra,
+            seen=after, pos=place.write(state.pos, number, pos), extra=extra,
             k=k, v=v, k_ring=k_ring, v_ring=v_ring,
         )  # fmt: skip
         if self.reader is not None:

@@ -14,7 +14,7 @@ from kvjax.cache import Cache, Chain, Stage, commit, finish, init_cache
 from kvjax.cache.types import pytree
 from kvjax.decode.process import Processor, processors
 from kvjax.decode.sample import Sampler
-from kvjax.models.forward import forward
+from kvjax.models.decoder import forward
 from kvjax.models.llama import Model
 
 

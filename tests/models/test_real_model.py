@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvjax.models import load
-from kvjax.models.forward import forward
+from kvjax.models.decoder import forward
 from kvjax.models.gguf_file import open_gguf
 from kvjax.models.gguf_model import gguf_config
 
