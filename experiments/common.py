@@ -48,7 +48,9 @@ def environment() -> dict[str, Any]:
         "devices": [d.device_kind for d in jax.devices()],
         "machine": platform.machine(),
         "processor": _processor(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
     }
 
 
@@ -124,7 +126,9 @@ def table(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, An
     """
     grid = rich.table.Table(title=title, title_justify="left")
     for number, spec in enumerate(columns.values()):
-        grid.add_column(spec.split("|")[0], justify="left" if number == 0 else "right", overflow="fold")
+        grid.add_column(
+            spec.split("|")[0], justify="left" if number == 0 else "right", overflow="fold"
+        )
     for row in rows:
         grid.add_row(*(cell(row.get(key), spec) for key, spec in columns.items()))
     console.print(grid)

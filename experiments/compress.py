@@ -157,11 +157,14 @@ class Job:
         prompts = [
             needle
             for length in settings["needle_lengths"]
-            for needle in needles(text, self.tokenizer, length, settings["needles"], settings["seed"])
+            for needle in needles(
+                text, self.tokenizer, length, settings["needles"], settings["seed"]
+            )
         ]
         # Prompts of one length make one batch.
         self.needles = [
-            [n for n in prompts if len(n.context) == length] for length in settings["needle_lengths"]
+            [n for n in prompts if len(n.context) == length]
+            for length in settings["needle_lengths"]
         ]
         self.needles = [batch for batch in self.needles if batch]
         self.needle_exact: list[tuple[Exact, Any, Array]] = []

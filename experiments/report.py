@@ -21,7 +21,12 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Bytes per token against the loss of quality; one panel per measure, points labelled."""
     rows = [r for r in rows if not r.get("error")]
     dense = next(r for r in rows if r["method"] == "dense")
-    panels = [("perplexity increase over dense (%)", lambda r: 100 * (r["perplexity"] / dense["perplexity"] - 1))]
+    panels = [
+        (
+            "perplexity increase over dense (%)",
+            lambda r: 100 * (r["perplexity"] / dense["perplexity"] - 1),
+        )
+    ]
     for key, name in (
         ("needle_accuracy", "needles found (%), question in the prompt"),
         ("needle_accuracy_agnostic", "needles found (%), question after compression"),

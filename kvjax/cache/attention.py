@@ -68,9 +68,7 @@ def blockwise(
     full = jnp.zeros((), jnp.int32) if slots <= BLOCK else jnp.maximum(used - 1, 0) // BLOCK
     rest = used - full * BLOCK
     choice = sum((rest > size).astype(jnp.int32) for size in sizes[:-1])
-    tail = jax.lax.switch(
-        choice, [lambda size=size: block(full * BLOCK, size) for size in sizes]
-    )
+    tail = jax.lax.switch(choice, [lambda size=size: block(full * BLOCK, size) for size in sizes])
     if slots <= BLOCK:
         return tail
     step = lambda i, done: merge(done, block(i * BLOCK, BLOCK))  # noqa: E731

@@ -56,7 +56,7 @@ def _extend(
     return out, _apart(cache)[0]
 
 
-@functools.partial(jax.jit, donate_argnames=("moving",))
+@jax.jit
 def _finish(moving: Any, rest: Cache) -> Any:
     return _apart(finish(_whole(moving, rest)))[0]
 

@@ -65,9 +65,7 @@ def stream(
     Yields:
       A list with the text that each row has gained since last time ("" where none).
     """
-    rows = [
-        tokenizer.encode(p) if isinstance(p, str) else tokenizer.chat(p) for p in prompts
-    ]
+    rows = [tokenizer.encode(p) if isinstance(p, str) else tokenizer.chat(p) for p in prompts]
     tokens, lengths = pad(rows)
     segment = min(segment, new_tokens)
     rounds = -(-new_tokens // segment)
@@ -113,7 +111,9 @@ def stream(
             return
 
 
-def complete(model: Model, tokenizer: Tokenizer, prompts: Sequence[Any], *args: Any, **kwargs: Any) -> list[str]:
+def complete(
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[Any], *args: Any, **kwargs: Any
+) -> list[str]:
     """The whole completions of prompts: `stream`, joined. Takes what `stream` takes."""
     rows = ["" for _ in prompts]
     for pieces in stream(model, tokenizer, prompts, *args, **kwargs):

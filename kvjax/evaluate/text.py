@@ -29,9 +29,7 @@ def load_text(path: str | None = None) -> str:
         raise ValueError(f"text {path!r} is not UTF-8: {error}") from None
 
 
-def samples(
-    text: str, tokenizer: Tokenizer, offsets: list[int], length: int
-) -> np.ndarray:
+def samples(text: str, tokenizer: Tokenizer, offsets: list[int], length: int) -> np.ndarray:
     """Windows of `length` tokens of the text, int32 [len(offsets), length].
 
     Args:
