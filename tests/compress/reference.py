@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -81,7 +80,7 @@ def top(score, n):
     return sorted(int(i) for i in np.argsort(-score, kind="stable")[:n])
 
 
-# --- policies: the positions kept of a prompt, per KV head ---------------------------------------
+# --- policies: the positions kept of a prompt, per KV head ---
 
 
 def snapkv_vote(row, window=W, kernel=3, pool="mean"):
@@ -119,7 +118,7 @@ def keydiff_score(row):
     return -(unit * anchor).sum(-1) / np.linalg.norm(anchor, axis=-1)
 
 
-# --- codes -----------------------------------------------------------------------------------------
+# --- codes ---
 
 
 def affine(x, bits, axis, vectors=None):
@@ -142,7 +141,7 @@ def per_token(x, bits, group):
     return affine(x.reshape(*x.shape[:2], -1, group), bits, 3).reshape(x.shape)
 
 
-# --- our side ----------------------------------------------------------------------------------------
+# --- our side ---
 
 
 @quick_jit

@@ -111,7 +111,7 @@ def test_rows_are_independent(name):
     near(logits[0], base(SETTINGS[name])[0][1])
 
 
-@pytest.mark.parametrize("name", ["h2o", "adakv", "mikv", "snapkv in kivi"])
+@pytest.mark.parametrize("name", ["h2o", "adakv in gear"])
 def test_row_alone(name):
     logits, _ = go(SETTINGS[name], LENGTHS[1:2], (1,))
     near(logits[0], base(SETTINGS[name])[0][1])
@@ -142,13 +142,12 @@ def test_slots_are_distinct_with_true_positions(name):
             for head in row:
                 assert len(head) >= 1 and len(set(head)) == len(head)
                 assert head[0] >= 0 and head[-1] < length + STEPS
-    sizes = {text: sum(map(len, sum(sum(held(cache), []), []))) for text in [name]}
+    size = sum(len(head) for layer in held(cache) for row in layer for head in row)
     everything = CONFIG.layers * CONFIG.kv_heads * (sum(LENGTHS) + 3 * STEPS)
-    keeps_all = name in ("dense", "rtn", "kivi", "gear", "mikv")
-    assert (sizes[name] == everything) == keeps_all
+    assert (size == everything) == (name in ("dense", "rtn", "kivi", "gear", "mikv"))
 
 
-# --- memory: shapes alone say it, so nothing is compiled ----------------------------------------
+# --- memory: shapes alone say it, so nothing is compiled ---
 
 
 def bytes_of(text: str, prompt: int = 512, length: int = 544) -> int:
@@ -176,7 +175,7 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         # bits / 32 here, where exact is float32
         ("rtn(bits=4)", 0.13, 0.15),
         ("kivi(bits=2, residual=32)", 0.09, 0.16),
-        ("gear(bits=2)", 0.12, 0.24),
+        ("gear(bits=2)", 0.20, 0.26),  # 63 of 544 tokens may wait exactly
         ("mikv(keep=0.25)", 0.29, 0.34),
         ("snapkv(keep=0.25, storage=kivi(bits=2, residual=32))", 0.02, 0.1),
     ],

@@ -165,4 +165,3 @@ def test_one_row_of_votes_ranks_as_the_newest_attention():
         score = r.attention[:, -1].mean(0)
         assert b[l][i] == [top(score, 9)] * H
         assert a[l][i] == [top(score[:last], 8) + [last]] * H
-
