@@ -166,7 +166,7 @@ def _probe(cache, raw, pos):
     return jnp.stack([p.out for p in parts]), jnp.stack([p.lse for p in parts])
 
 
-def _new(at, top, total):
+def new_rows(at, top, total):
     """The rows at positions `at` [B, M] (-1: none), with their softmax's max and sum."""
     take = np.maximum(at, 0)[None, :, None, :, None]
     q, k, v = (np.take_along_axis(x, take, 3) for x in stream())
@@ -182,14 +182,8 @@ def _new(at, top, total):
     return New(KV(blank(k), blank(v), pos[None, :, None]), seen)
 
 
-def ours(text):
-    """A cache of the method `text` that holds the prompts."""
-    return ours_chain(parse(text)[0][1])
-
-
-def ours_chain(chain, max_length=T + STEPS):
-    """A cache that holds the prompts."""
-    cache = init_cache(CONFIG, chain, B, max_length, prompt=T)
+def prompt_rows():
+    """Positions of all prompt rows [B, T], and their softmax's max and sum [L, B, HQ, T]."""
     at = np.stack([np.where(np.arange(T) < n, np.arange(T), -1) for n in LENGTHS])
     top_ = np.zeros((L, B, HQ, T))
     total = np.ones((L, B, HQ, T))
@@ -199,7 +193,18 @@ def ours_chain(chain, max_length=T + STEPS):
         s = np.where(np.tril(np.ones((r.n, r.n), bool)), s, -np.inf)
         top_[l, b, :, : r.n] = s.max(-1)
         total[l, b, :, : r.n] = np.exp(s - s.max(-1, keepdims=True)).sum(-1)
-    return _ingest(cache, _new(at, top_, total))
+    return at, top_, total
+
+
+def ours(text):
+    """A cache of the method `text` that holds the prompts."""
+    return ours_chain(parse(text)[0][1])
+
+
+def ours_chain(chain, max_length=T + STEPS):
+    """A cache that holds the prompts."""
+    cache = init_cache(CONFIG, chain, B, max_length, prompt=T)
+    return _ingest(cache, new_rows(*prompt_rows()))
 
 
 def advance(cache, i, logits):
@@ -209,7 +214,7 @@ def advance(cache, i, logits):
     for l, b, h in np.ndindex(L, B, HQ):
         s = logits[l][b][h]
         top_[l, b, h], total[l, b, h] = s.max(), np.exp(s - s.max()).sum()
-    return _step(cache, _new(at, top_, total))
+    return _step(cache, new_rows(at, top_, total))
 
 
 def agree(cache, held, step=0, positions=None):

@@ -133,7 +133,7 @@ def test_parse_builds_what_python_builds():
     ("text", "message"),
     [
         ("", "expected at least one of dense"),
-        ("snapk(keep=0.5)", r"unknown method 'snapk'; did you mean snapkv.*Known.* at character 1$"),
+        ("snapk(keep=1)", r"unknown method 'snapk'; did you mean snapkv.*Known.* at character 1$"),
         ("dense; zzz", r"unknown method 'zzz'; Known: .* at character 8$"),
         ("snapkv(kep=0.5)", r"snapkv has no argument 'kep'; allowed: keep, tokens, window, .*"),
         ("dense(bits=2)", r"dense has no argument 'bits'; allowed: none"),
