@@ -16,6 +16,7 @@ from kvjax.cache.cache import (
     nbytes,
     rope_of,
     span_of,
+    tokens_held,
 )
 from kvjax.cache.chain import Chain, Pending, chain
 from kvjax.cache.heavy import Absorb, heavy, nearest
@@ -109,6 +110,7 @@ __all__ = [
     "share",
     "span_of",
     "store",
+    "tokens_held",
     "uniform",
     "window_attention",
 ]

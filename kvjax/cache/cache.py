@@ -282,6 +282,11 @@ def horizon(cache: Cache) -> Array:
     return jnp.min(jnp.stack(reach), 0)
 
 
+def tokens_held(cache: Cache) -> int:
+    """Tokens held now, summed over layers, rows and key-value heads (concrete)."""
+    return int(sum(t.tokens(state) for t, state in zip(cache.transforms, cache.state)))
+
+
 def nbytes(tree: Any) -> int:
     """Bytes really allocated by a cache's state (or any pytree), each array counted once."""
     if isinstance(tree, Cache):

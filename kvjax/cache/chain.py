@@ -12,7 +12,7 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.attention import attend_slots
-from kvjax.cache.stage import FOREVER, Column, Commit, Stage, Statistic, observe_slots
+from kvjax.cache.stage import FOREVER, Column, Commit, Stage, Statistic, observe_slots, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, pytree
 
 
@@ -199,6 +199,12 @@ class Chain:
             return state.seen[0, :, 0]
         batch = [stage.held(own) for stage, own in zip(self.stages, state) if own is not None]
         return sum(batch[1:], batch[0])
+
+    def tokens(self, state: Any) -> Array:
+        """Tokens held, summed over layers, rows and key-value heads: int32 scalar."""
+        if isinstance(state, Pending):
+            return total(state.seen, state.spec)
+        return sum(s.tokens(own) for s, own in zip(self.stages, state) if own is not None)
 
     def horizon(self, state: Any) -> Array:
         """How many tokens may be committed in one go so that each was computed from what plain

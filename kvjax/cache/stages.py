@@ -13,7 +13,7 @@ from kvjax.cache import buffer
 from kvjax.cache.attention import attend_slots, dot_keys, dot_values
 from kvjax.cache.ring import Window, tree_gather, tree_write
 from kvjax.cache.share import Share, tokens_of
-from kvjax.cache.stage import FOREVER, Commit, Stage, least, most, observe_slots
+from kvjax.cache.stage import FOREVER, Commit, Stage, least, most, observe_slots, total
 from kvjax.cache.types import KV, Partial, Query, Spec, partial_attention, pytree, rotate
 from kvjax.codecs import as_pair
 
@@ -91,6 +91,9 @@ class SlotStage(Stage):
 
     def held(self, state: Slots) -> Array:
         return most(state.kv.count)
+
+    def tokens(self, state: Slots) -> Array:
+        return total(state.kv.count, state.spec)
 
     def _read(self, state: Slots, layer: Array, query: Query, **how: Any) -> Partial:
         return attend_slots(

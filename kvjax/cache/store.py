@@ -14,7 +14,7 @@ from kvjax.cache import buffer
 from kvjax.cache.attention import dot_keys, dot_values
 from kvjax.cache.paging import Pool, Rectangle, per_layer
 from kvjax.cache.ring import Window
-from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, least, most
+from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, least, most, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
 from kvjax.codecs import Codec, Dense, PerKV, as_pair, dense
 
@@ -191,9 +191,9 @@ class Store(Stage):
             state = state.replace(place=place)
         seen = state.seen
         arrived = jnp.broadcast_to(kv.count, seen.shape)
-        total = seen + arrived
+        after = seen + arrived
         number = seen[..., None] + jnp.arange(kv.size, dtype=jnp.int32)
-        number = jnp.where(number < total[..., None], number, -1)
+        number = jnp.where(number < after[..., None], number, -1)
         pos = jnp.broadcast_to(kv.pos, (*seen.shape, kv.size))
         extra = {
             name: place.write(x, number, buffer.column(kv, name)) for name, x in state.extra.items()
@@ -206,7 +206,7 @@ class Store(Stage):
         )
         index = state.index
         state = state.replace(
-            seen=total, pos=place.write(state.pos, number, pos), extra=extra,
+            seen=after, pos=place.write(state.pos, number, pos), extra=extra,
             k=k, v=v, k_ring=k_ring, v_ring=v_ring,
         )  # fmt: skip
         if self.reader is not None:
@@ -400,6 +400,9 @@ class Store(Stage):
 
     def held(self, state: Stored) -> Array:
         return most(state.seen)
+
+    def tokens(self, state: Stored) -> Array:
+        return total(state.seen, state.spec)
 
     def horizon(self, state: Stored) -> tuple[Array, bool]:
         reach = jnp.full(state.seen.shape[1:2], FOREVER)

@@ -69,7 +69,7 @@ class Quantize(Codec):
         ratio = x if offset is None else x - jnp.expand_dims(offset.astype(jnp.float32), axis)
         ratio = jnp.where(step > 0, ratio / jnp.where(step > 0, step, 1.0), 0.0)
         half, top = self._half, 2 * self._half if self.symmetric else 2**self.code_bits - 1
-        codes = jnp.round(jnp.clip(ratio + half, 0, top)).astype(jnp.uint8)
+        codes = (jnp.round(jnp.clip(ratio, -half, top - half)) + half).astype(jnp.uint8)
         codes = pack(codes, self.code_bits, axis)
         if self.axis == "token":
             codes = codes.reshape(*codes.shape[:-2], -1)
@@ -77,14 +77,53 @@ class Quantize(Codec):
 
     def decode(self, code, dtype=jnp.float32, constants=None):
         del constants
+        codes, scale, low = self._float(code)
         axis = self._axis
-        codes = self._codes(code).astype(jnp.float32)
-        scale = jnp.expand_dims(code["scale"].astype(jnp.float32), axis)
-        if self.symmetric:
-            x = (codes - self._half) * scale
-        else:
-            x = codes * scale + jnp.expand_dims(code["min"].astype(jnp.float32), axis)
+        x = codes * jnp.expand_dims(scale, axis) + jnp.expand_dims(low, axis)
         return self._ungroup(x).astype(dtype)
+
+    # Measured on CPU against decoding first: scales folded into the queries take about half the
+    # time for "channel" and 0.65 to 1 of it for "token"; folded into the probabilities they pay
+    # (0.75 to 0.95) only where a token has several groups.
+
+    def scores(self, q, code, constants=None):
+        if self.axis == "token" and code["scale"].shape[-1] > 4:
+            return super().scores(q, code, constants)  # many short products lose to one
+        q = q.astype(jnp.float32)
+        if self.axis == "channel":
+            codes, scale, low = self._float(code)
+            folded = q[..., None, :, :] * scale[..., None, :]
+            dot = jnp.einsum("...urd,...utd->...rut", folded, codes)
+            dot = dot + jnp.einsum("...rd,...ud->...ru", q, low)[..., None]
+            return dot.reshape(*dot.shape[:-2], -1)
+        scale, low = self._scale(code)
+        groups, out = scale.shape[-1], 0.0
+        for g, (part, packed) in enumerate(
+            zip(jnp.split(q, groups, -1), jnp.split(code["codes"], groups, -1))
+        ):
+            codes = unpack(packed, self.code_bits).astype(jnp.float32)
+            dot = jnp.einsum("...rd,...td->...rt", part, codes) * scale[..., None, :, g]
+            out = out + dot + jnp.sum(part, -1, keepdims=True) * low[..., None, :, g]
+        return out
+
+    def mix(self, p, code, constants=None):
+        if self.axis == "channel" or code["scale"].shape[-1] == 1:
+            return super().mix(p, code, constants)
+        codes, scale, low = self._float(code)
+        p = p.astype(jnp.float32)
+        folded = p[..., None, :] * jnp.swapaxes(scale, -1, -2)[..., None, :, :]
+        out = jnp.einsum("...rgt,...tgd->...rgd", folded, codes)
+        out = out + jnp.einsum("...rt,...tg->...rg", p, low)[..., None]
+        return out.reshape(*out.shape[:-2], -1)
+
+    def _scale(self, code):
+        """Each group's scale and the value of its code 0, float32."""
+        scale = code["scale"].astype(jnp.float32)
+        return scale, -self._half * scale if self.symmetric else code["min"].astype(jnp.float32)
+
+    def _float(self, code):
+        """Codes in grouped form, scale and the value of code 0, float32."""
+        return self._codes(code).astype(jnp.float32), *self._scale(code)
 
     @property
     def _axis(self) -> int:

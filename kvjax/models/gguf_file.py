@@ -7,10 +7,12 @@ check; only the arithmetic of dequantisation comes from the `gguf` package.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import mmap
 import os
 import pathlib
+import reprlib
 import struct
 from typing import Any
 
@@ -145,8 +147,7 @@ def open_gguf(path: str | os.PathLike) -> GGUFFile:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return reprlib.repr(value)
 
 
 class _Parser:
@@ -270,7 +271,7 @@ class _Parser:
             row = count // shape[0] if len(shape) > 1 else block_bytes
             tensors[name] = GGUFTensor(self.path, name, shape, kind.name, start, row)
         ranges.sort()
-        for (_, stop, first), (start, _, second) in zip(ranges, ranges[1:]):
+        for (_, stop, first), (start, _, second) in itertools.pairwise(ranges):
             if start < stop:
                 raise self.fail(f"tensors {first!r} and {second!r} overlap at byte {start}")
         return tensors

@@ -19,6 +19,7 @@ _CUTS = {
     "llama-bpe": rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}",
     "qwen2": rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}",
 }
+MAX_TOKEN = 512  # characters of a SentencePiece token, since every cut of it is tried
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4
 
 
@@ -124,6 +125,8 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> token
     scores = file.get("tokenizer.ggml.scores", list)
     if len(scores) != len(tokens):
         raise CheckpointError(f"{len(scores)} scores for {len(tokens)} tokens, expected as many")
+    if max(map(len, tokens)) > MAX_TOKEN:
+        raise CheckpointError(f"a token is longer than {MAX_TOKEN} characters")
     ids = {token: i for i, token in enumerate(tokens)}
     merges = []
     for token, score, kind in zip(tokens, scores, types):

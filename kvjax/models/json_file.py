@@ -8,6 +8,8 @@ import pathlib
 
 from kvjax.models.errors import CheckpointError
 
+MAX_VALUES = 5_000_000
+
 
 def read_json(path: str | os.PathLike, limit: int) -> dict:
     """The JSON object in a file of at most `limit` bytes.
@@ -23,16 +25,24 @@ def read_json(path: str | os.PathLike, limit: int) -> dict:
 
 
 def parse_json(raw: bytes, source: str, depth: int = 64) -> dict:
-    """The JSON object in `raw`; raises as `read_json`, with `source` naming it."""
+    """The JSON object in `raw`; raises as `read_json`, with `source` naming it.
+
+    Values are counted before parsing, since each costs far more memory than its text.
+    """
 
     def refuse_twice(pairs: list) -> dict:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in found if keys.count(key) > 1)
-            raise CheckpointError(f"{source}: key {twice!r} appears twice in one object")
+        found = {}
+        for key, value in pairs:
+            if key in found:
+                raise CheckpointError(f"{source}: key {key!r:.80} appears twice in one object")
+            found[key] = value
         return found
 
+    values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+    if values > MAX_VALUES:
+        raise CheckpointError(
+            f"{source}: about {values} JSON values, expected at most {MAX_VALUES}"
+        )
     if _depth(raw) > depth:
         raise CheckpointError(f"{source}: JSON is nested deeper than {depth}")
     try:

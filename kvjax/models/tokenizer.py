@@ -208,4 +208,6 @@ def guarded(source: str, build):
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
+        if isinstance(error, CheckpointError) and str(error).startswith(source):
+            raise
         raise CheckpointError(f"{source}: tokenizer cannot be built: {error}") from None

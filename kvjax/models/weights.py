@@ -106,6 +106,7 @@ def assemble(
                     f"{source}: tensor {piece.tensor.name!r} of shape {piece.tensor.shape} gives "
                     f"{piece.shape} for {name!r}, but the configuration says {expected}"
                 )
+    _check_rope(config, source)
     params = {}
     for name in sorted(plan, key=lambda name: -math.prod(plan[name][0])):
         shape, pieces = plan[name]
@@ -113,11 +114,32 @@ def assemble(
         def block(index, name=name, shape=shape, pieces=pieces):
             return _read_block(pieces, name, shape, index, dtype, check_finite, source)
 
-        params[name] = _place(block, shape, _sharding_of(sharding, name, shape))
+        params[name] = _place(block, shape, sharding_of(sharding, name, shape))
     return Model(config, params)
 
 
-def _sharding_of(sharding: Sharding, name: str, shape: tuple[int, ...]):
+def _check_rope(config: Config, source: str) -> None:
+    """Refuses rotary rules that give no usable frequencies, before anything is allocated."""
+    for rope in (config.rope, config.local_rope):
+        if rope is None:
+            continue
+        try:
+            with np.errstate(all="ignore"):
+                for length in (1, 2**31):
+                    frequencies, factor = rope.frequencies(
+                        config.rotated, config.max_length, length
+                    )
+                    usable = np.isfinite(frequencies).all() and 0 < factor < np.inf
+        except (ValueError, ArithmeticError) as error:
+            raise CheckpointError(f"{source}: rotary rule {rope.kind!r}: {error}") from None
+        if not usable:
+            raise CheckpointError(
+                f"{source}: rotary rule {rope} gives frequencies that are not finite"
+            )
+
+
+def sharding_of(sharding: Sharding, name: str, shape: tuple[int, ...]):
+    """The sharding of one parameter, or None for the default device."""
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         return sharding
     if isinstance(sharding, Mapping):

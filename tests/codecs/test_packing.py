@@ -1,5 +1,6 @@
 """Packing is exact at every width, in exactly b bits per code."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,16 +11,16 @@ from kvjax.codecs import pack, quantum, unpack
 
 
 @settings(max_examples=40, deadline=None)
-@given(bits=st.integers(1, 8), groups=st.integers(1, 3), axis=st.integers(-3, 2), data=st.data())
-def test_pack_is_exact_and_full(bits, groups, axis, data):
-    n = quantum(bits) * groups
-    shape = [2, 3, 1]
-    shape[axis] = n
-    codes = np.random.default_rng(data.draw(st.integers(0, 9))).integers(0, 2**bits, shape)
-    packed = pack(jnp.asarray(codes), bits, axis)
+@given(bits=st.integers(1, 8), axis=st.sampled_from([-2, -1]), seed=st.integers(0, 99))
+def test_pack_is_exact_and_full(bits, axis, seed):
+    shape = [2, 3, 2]
+    shape[axis] = 2 * quantum(bits)
+    codes = np.random.default_rng(seed).integers(0, 2**bits, shape)
+    packed = jax.jit(pack, static_argnums=(1, 2))(codes, bits, axis)
     assert packed.dtype == jnp.uint8
     assert packed.size * 8 == codes.size * bits
-    np.testing.assert_array_equal(unpack(packed, bits, axis), codes)
+    unpacked = jax.jit(unpack, static_argnums=(1, 2))(packed, bits, axis)
+    np.testing.assert_array_equal(unpacked, codes)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -30,6 +30,7 @@ def forward(
     statistics: bool | None = None,
     hidden: Sequence[int] = (),
     fold: bool = False,
+    read: bool = True,
     differentiable: bool = False,
 ) -> Any:
     """Runs new rows through the model, attending to the cache and to each other.
@@ -52,6 +53,7 @@ def forward(
         (before the last norm).
       fold: commit within the layer scan, for streaming chains: then no more than one layer's exact
         new keys and values exist at a time. Returns (logits, cache) in place of (logits, new).
+      read: False: the cache is known to be empty (the first chunk of a prompt), do not read it.
       differentiable: attention loops of static length, for reverse-mode gradients.
 
     Returns:
@@ -95,7 +97,7 @@ def forward(
             jnp.zeros((x.shape[0],), jnp.int32), config.attention_softcap, windowed, differentiable,
         )  # fmt: skip
         part = attend_new(query, keys, v, mask)
-        if cache is not None:
+        if cache is not None and read:
             held, carry = attend(cache, index, query, carry)
             part = merge(part, held)
         out = part.out.astype(x.dtype)
@@ -144,10 +146,8 @@ def rms_norm(x: Array, weight: Array, config: Config) -> Array:
 def mlp(h: Array, layer: Layers, config: Config) -> Array:
     """The gated MLP of one layer, [..., D] -> [..., D]."""
     gate = _plus(h @ layer.gate[...], layer.gate_bias)
-    if config.activation == "silu":
-        gate = jax.nn.silu(gate)
-    else:
-        gate = jax.nn.gelu(gate, approximate=True)
+    silu = config.activation == "silu"
+    gate = jax.nn.silu(gate) if silu else jax.nn.gelu(gate, approximate=True)
     return _plus(
         (gate * _plus(h @ layer.up[...], layer.up_bias)) @ layer.down[...], layer.down_bias
     )

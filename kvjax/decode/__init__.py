@@ -1,0 +1,23 @@
+"""Decoding: prefill, generate, score, and the text-level loop."""
+
+from kvjax.decode.loop import Generation, extend, generate, positions_of, prefill, score
+from kvjax.decode.process import Processor, host_mask, processors, repetition_penalty
+from kvjax.decode.sample import Sampler, greedy
+from kvjax.decode.text import complete, stream
+
+__all__ = [
+    "Generation",
+    "Processor",
+    "Sampler",
+    "complete",
+    "extend",
+    "generate",
+    "greedy",
+    "host_mask",
+    "positions_of",
+    "prefill",
+    "processors",
+    "repetition_penalty",
+    "score",
+    "stream",
+]

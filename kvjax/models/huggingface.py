@@ -1,0 +1,148 @@
+"""A model from a Hugging Face folder: config.json and safetensors."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import jax.numpy as jnp
+
+from kvjax.models.config import Config
+from kvjax.models.errors import CheckpointError
+from kvjax.models.huggingface_config import parse_config
+from kvjax.models.huggingface_names import layer_names, single_names
+from kvjax.models.json_file import read_json
+from kvjax.models.llama import Model, parameters
+from kvjax.models.safetensors_file import SafeTensor, open_folder
+from kvjax.models.weights import Piece, Sharding, assemble
+
+MAX_CONFIG = 2**22
+_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+_BESIDE = ("vision_tower.", "multi_modal_projector.", "vision_model.")  # of multimodal models
+
+
+def load_config(folder: str | os.PathLike) -> Config:
+    """The configuration of a Hugging Face folder, with the eos ids of generation_config.json.
+
+    Raises:
+      CheckpointError: as `kvjax.models.huggingface_config.parse_config`.
+      FileNotFoundError: there is no config.json.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json")
+    values = read_json(path, MAX_CONFIG)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        eos = read_json(generation, MAX_CONFIG).get("eos_token_id")
+        if eos is not None:
+            values["eos_token_id"] = eos
+    return parse_config(values, str(path))
+
+
+def load_pretrained(
+    folder: str | os.PathLike,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    sharding: Sharding = None,
+    check_finite: bool = False,
+) -> Model:
+    """Loads the weights of a Hugging Face folder (arguments as `kvjax.models.weights.assemble`).
+
+    Raises:
+      CheckpointError: files are malformed, or the tensors are not those the configuration calls
+        for: missing, of another shape, or more of them (a bias or a norm that would be ignored).
+      FileNotFoundError: there is no config.json or no safetensors. Pickled weights are never read.
+    """
+    folder = pathlib.Path(folder)
+    config = load_config(folder)
+    try:
+        tensors = open_folder(folder)
+    except FileNotFoundError:
+        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        if pickled:
+            raise FileNotFoundError(
+                f"{folder}: weights are pickled ({pickled[0].name}), which could run code when "
+                "read; convert them to safetensors"
+            ) from None
+        raise
+    names = _Names(folder, config, tensors)
+    names.refuse_extra()
+    return assemble(
+        config,
+        names.piece,
+        dtype=dtype,
+        sharding=sharding,
+        check_finite=check_finite,
+        source=str(folder),
+    )
+
+
+class _Names:
+    """Finds a model's parameters among the tensors of a folder."""
+
+    def __init__(self, folder: pathlib.Path, config: Config, tensors: dict[str, SafeTensor]):
+        self.folder, self.config, self.tensors = folder, config, tensors
+        self.layer = layer_names(config.family)
+        for self.prefix in _PREFIXES:
+            if f"{self.prefix}embed_tokens.weight" in tensors:
+                break
+        else:
+            raise CheckpointError(
+                f"{folder}: none of the {len(tensors)} tensors is an embed_tokens.weight"
+            )
+
+    def full(self, name: str, layer: int) -> str:
+        if name in self.layer:
+            return f"{self.prefix}layers.{layer}.{self.layer[name]}"
+        if name == "head":
+            nested = "language_model.lm_head.weight"
+            return nested if nested in self.tensors else "lm_head.weight"
+        return self.prefix + single_names()[name].removeprefix("model.")
+
+    def piece(self, name: str, layer: int) -> Piece:
+        full = self.full(name, layer)
+        if full not in self.tensors:
+            hint = "; tie_word_embeddings is false" if name == "head" else ""
+            raise CheckpointError(
+                f"{self.folder}: tensor {full!r} is missing, but config.json calls for it{hint}"
+            )
+        tensor, config = self.tensors[full], self.config
+        stem = name.removeprefix("layers.")
+        start, stop = 0, None
+        if config.family == "phi3" and stem in ("q", "k", "v", "gate", "up"):
+            q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+            width = config.mlp_width
+            bounds = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
+            bounds |= {"gate": (0, width), "up": (width, 2 * width)}
+            start, stop = bounds[stem]
+            rows = q + 2 * kv if stem in "qkv" else 2 * width
+            if tensor.shape != (rows, config.width):
+                raise CheckpointError(
+                    f"{self.folder}: tensor {full!r} has shape {tensor.shape}, but the "
+                    f"configuration says {(rows, config.width)}"
+                )
+        turn = len(tensor.shape) == 2 and name != "embed"
+        return Piece(tensor, start, stop, transpose=turn)
+
+    def refuse_extra(self) -> None:
+        """Tensors that nothing would read mean that the configuration is not theirs."""
+        used = {self.full(name, 0) for name in single_names()}
+        wanted = {self.layer[name] for name in parameters(self.config) if name in self.layer}
+        extra = []
+        for name in self.tensors:
+            inner = name.removeprefix(f"{self.prefix}layers.")
+            number, _, stem = inner.partition(".")
+            if inner != name and number.isdecimal() and int(number) < self.config.layers:
+                known = stem in wanted or stem == "self_attn.rotary_emb.inv_freq"
+            else:
+                parts = name.removeprefix("model.")
+                known = name in used or parts.startswith(_BESIDE)
+            if not known:
+                extra.append(name)
+        if extra:
+            raise CheckpointError(
+                f"{self.folder}: config.json does not call for {len(extra)} of the tensors, "
+                f"first {min(extra)!r}"
+            )
