@@ -12,7 +12,7 @@ from kvjax.cache import commit, finish, init_cache
 from kvjax.compress import parse
 from kvjax.models import llama
 from kvjax.models.config import Config
-from kvjax.models.forward import forward
+from kvjax.models.decoder import forward
 
 CONFIG = Config(50, 32, 48, 2, 4, 2, 8)
 PROMPT, STEPS = 24, 8
