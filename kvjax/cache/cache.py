@@ -79,7 +79,9 @@ def init_cache(
       transform: a chain (or a single stage).
       batch: rows.
       max_length: the most tokens that any row will ever have, prompt included.
-      prompt: the most of these that come as the prompt, before `finish`; 0: no prompt.
+      prompt: the most of these that come as the prompt, before `finish`; 0: no prompt. After it,
+        every row has room for max_length - prompt tokens: a row with a shorter prompt may have
+        more where nothing was pruned, but should not count on it.
       dtype: of exact keys and values.
       exact_layers: layers that hold everything exactly whatever the transform (negative: from the
         end).

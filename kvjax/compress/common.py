@@ -42,7 +42,7 @@ def split(
     """A budget as (recent, heavy): `recent` is the part of it that goes to the newest tokens."""
     tokens, keep = size(method, keep, tokens, default=default, least=2)
     if not (_is_number(recent) and 0 < recent < 1):
-        raise ValueError(f"{method}(recent={recent!r}): a part of the budget lies in (0, 1)")
+        raise ValueError(f"{method}(recent_part={recent!r}): a part of the budget lies in (0, 1)")
     part = as_fraction(recent)
     if keep is not None:
         whole = as_fraction(keep)
@@ -94,7 +94,9 @@ def per_token(method: str, storage: Storage) -> Codec | PerKV | None:
     pair = as_pair(codec)
     if pair.k.block != 1 or pair.v.block != 1 or pair.k.constants_spec(8):
         raise ValueError(f"{method}(storage={storage}): {allowed}")
-    return None if pair == as_pair(dense()) else codec
+    if pair.k != pair.v:
+        return pair
+    return None if pair.k == dense() else pair.k
 
 
 def bits_of(method: str, bits: int, name: str = "bits", least: int = 1) -> int:
