@@ -85,6 +85,7 @@ class Prune(Stage):
         after = self.downstream(spec)
         value = self.score(kv, context, spec.unrotated)
         value = jnp.broadcast_to(value, (*after.lead, kv.size))
+        value = jnp.where(kv.pos >= 0, value, -jnp.inf)  # no votes for what is not there
         length = jnp.max(kv.count, (0, 2))
         per_head = self.budget.layers(self.kept(length), length, spec.layers)
         number = self.budget.heads(value, per_head[: after.lead[0]])
