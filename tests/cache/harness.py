@@ -92,8 +92,7 @@ def _look(cache: Cache, r: dict, mask: Any = "causal", config: Config = CONFIG) 
     kv = KV(jnp.asarray(r["k"]), jnp.asarray(r["v"]), pos[None, :, None])
     # What stands in padding rows must not be felt by a commit.
     turned, top, total = (
-        jnp.where(there if x.ndim == 5 else there[..., 0], x, jnp.nan)
-        for x in (turned, top, total)
+        jnp.where(there if x.ndim == 5 else there[..., 0], x, jnp.nan) for x in (turned, top, total)
     )
     return out, New(kv, Observation(turned, top, total, pos, span))
 
