@@ -51,7 +51,12 @@ class Chain:
     @property
     def streaming(self) -> bool:
         """Whether commits act at once; otherwise the exact prompt is held until `finish`."""
-        return all(stage.streaming for stage in self.stages)
+        ordered = True
+        for stage in self.stages:
+            if not stage.streaming or (stage.by_arrival and not ordered):
+                return False
+            ordered &= stage.in_order
+        return True
 
     @property
     def unrotated(self) -> bool:

@@ -117,6 +117,14 @@ class Heavy(SlotStage):
         return self.score.streaming and self.recent == 0 and self.absorb is None
 
     @property
+    def by_arrival(self) -> bool:
+        return not self.streaming
+
+    @property
+    def in_order(self) -> bool:
+        return False
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         return self.score.columns
 
@@ -193,7 +201,8 @@ class Heavy(SlotStage):
         slot = jnp.argmax(choice, -1, keepdims=True).astype(jnp.int32)
         free = jnp.take_along_axis(pos, slot, -1) < 0
         mine, mypos = worth(kv)
-        enters = (mypos >= 0) & (free | (mine > low))
+        older = mypos < jnp.take_along_axis(pos, slot, -1)
+        enters = (mypos >= 0) & (free | (mine > low) | ((mine == low) & older))
         out = buffer.take(held, jnp.where(enters & ~free, slot, -1))
         rejected = (mypos >= 0) & ~enters
 

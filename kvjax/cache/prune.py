@@ -93,6 +93,7 @@ class Prune(Stage):
         after = self.downstream(spec)
         value = self.score(kv, context, spec.unrotated)
         value = jnp.broadcast_to(value, (*after.lead, kv.size))
+        value = jnp.where(kv.pos >= 0, value, -jnp.inf)  # no votes for what is not there
         length = jnp.max(kv.count, (0, 2))
         kept = jnp.maximum(self.kept(length), jnp.minimum(self.score.always, length))
         per_head = self.budget.layers(kept, length, spec.layers)

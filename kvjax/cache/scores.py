@@ -280,7 +280,7 @@ class QueryMoments(Statistic):
         def layer(args: tuple[Array, Rope]) -> tuple[Array, Array]:
             q, rope = args
             raw = rotate(q.astype(jnp.float32), seen.pos[:, None], rope, inverse=True)
-            raw = raw * weight[:, None, :, None]
+            raw = jnp.where(weight[:, None, :, None] > 0, raw, 0.0)  # drops what padding holds
             return jnp.sum(raw, 2), jnp.einsum("bhtd,bhte->bhde", raw, raw)
 
         one, two = jax.lax.map(layer, (seen.q, context.rope))

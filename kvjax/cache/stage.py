@@ -87,6 +87,16 @@ class Stage:
         return True
 
     @property
+    def by_arrival(self) -> bool:
+        """Whether what is held depends on the order in which tokens arrive."""
+        return True
+
+    @property
+    def in_order(self) -> bool:
+        """Whether tokens that arrive by ascending position also leave so."""
+        return True
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         """Columns that tokens must carry by the time they arrive here."""
         return ()

@@ -239,6 +239,10 @@ class ByPosition(SlotStage):
     def first_only(self) -> bool:
         return True
 
+    @property
+    def by_arrival(self) -> bool:
+        return False
+
     def init(self, spec: Spec) -> Slots:
         if spec.max_length > self.n:
             raise ValueError(

@@ -120,6 +120,11 @@ class Store(Stage):
         return self.fit is None
 
     @property
+    def by_arrival(self) -> bool:
+        at_once = self.keys == self.values == Window(0, 1)
+        return not (at_once and self.reader is None)
+
+    @property
     def statistics(self) -> tuple[Statistic, ...]:
         return () if self.fit is None else self.fit.statistics
 

@@ -94,7 +94,7 @@ def merge(a: Partial, b: Partial) -> Partial:
 
         m = max(ma, mb);  wi = si exp(mi - m);  out = (wa oa + wb ob) / (wa + wb)
 
-    Associative and commutative, with `Partial.identity` as identity, up to float32 rounding.
+    Commutative with `Partial.identity` as identity, exactly; associative up to float32 rounding.
     The maximum only stabilises and carries no gradient.
 
     >>> one = partial_attention(jnp.zeros((1, 1, 2, 3)), None, lambda p: p @ jnp.eye(3))
@@ -105,8 +105,8 @@ def merge(a: Partial, b: Partial) -> Partial:
     safe = jnp.where(jnp.isneginf(top), 0.0, top)
     wa, wb = a.sum * jnp.exp(a.max - safe), b.sum * jnp.exp(b.max - safe)
     total = wa + wb
-    scale = 1.0 / jnp.where(total > 0, total, 1.0)
-    out = a.out * (wa * scale)[..., None] + b.out * (wb * scale)[..., None]
+    whole = jnp.where(total > 0, total, 1.0)  # w / w is exactly 1: the identity changes no bit
+    out = a.out * (wa / whole)[..., None] + b.out * (wb / whole)[..., None]
     return Partial(out, top, total)
 
 

@@ -1,0 +1,84 @@
+"""With room for everything, every chain is dense attention, layer by layer and row by row."""
+
+import pytest
+
+from kvjax.cache import (
+    Window,
+    accumulated_attention,
+    adaptive,
+    best_pages,
+    by_position,
+    chain,
+    expected_attention,
+    first,
+    heavy,
+    key_difference,
+    key_norm,
+    newest_attention,
+    prune,
+    pyramid,
+    random,
+    recency,
+    recent,
+    store,
+    window_attention,
+)
+from kvjax.models.config import Config
+from tests.cache.harness import CONFIG, close, dense, ragged_positions, rows, run
+
+PROMPT, DECODE = 24, 8
+LENGTH = PROMPT + DECODE
+vote = window_attention(4)
+ragged = dict(
+    pyramid=prune(keep=1.0, score=vote, budget=pyramid(2.0, 4)),
+    adaptive=prune(keep=1.0, score=vote, budget=adaptive(0.2, 4)),
+    both=prune(keep=1.0, score=random(3), budget=adaptive(0.5, 0, pyramid(3.0, 2))),
+)
+CHAINS = {
+    "store": chain(store()),
+    "first slot, recent": chain(first(3, "slot"), recent(LENGTH)),
+    "recent released, store": chain(recent(5, release=4), store()),
+    "all stages": chain(
+        first(2), recent(6, 3), heavy(5, accumulated_attention()), heavy(4, key_norm()), store()
+    ),
+    "heavy newest": chain(heavy(LENGTH, newest_attention())),
+    "heavy set, recent": chain(heavy(9, key_difference(), recent=4), heavy(40, recency(2))),
+    "prune window": chain(prune(keep=1.0, score=vote), store()),
+    "prune expected": chain(first(1), prune(keep=1.0, score=expected_attention(8, 2)), recent(40)),
+    "pyramid": chain(ragged["pyramid"], store()),
+    "adaptive, recent": chain(ragged["adaptive"], recent(5, 2), store()),
+    "both, windows": chain(ragged["both"], store(keys=Window(0, 8), values=Window(8, 1))),
+    "pyramid in slots": chain(ragged["pyramid"], heavy(7, newest_attention()), recent(40)),
+    "keys later": chain(store(keys=Window(8, 1), values=Window(0, 8))),
+    "before": chain(first(2), store(keys=Window(0, 8), values=Window(8, 1), rope="before")),
+    "before, ragged": chain(ragged["adaptive"], store(rope="before")),
+    "by position": by_position(LENGTH),
+    "reads all": chain(store(reader=best_pages(4, 8))),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_full_budget_is_dense(name):
+    r = rows(1, LENGTH, ragged_positions(7, PROMPT, DECODE))
+    out, _ = run(CHAINS[name], r, PROMPT, 8)
+    close(out, dense(r)[0], r["pos"])
+
+
+@pytest.mark.parametrize("exact", [(0,), (-1, 0)])
+def test_exact_layers_are_dense(exact):
+    r = rows(2, LENGTH, ragged_positions(8, PROMPT, DECODE))
+    out, _ = run(chain(recent(40)), r, PROMPT, 8, exact_layers=exact)
+    close(out, dense(r)[0], r["pos"])
+
+
+WINDOWED = Config(
+    29, 16, 16, CONFIG.layers, CONFIG.heads, CONFIG.kv_heads, CONFIG.head_dim,
+    attention_softcap=3.0, windows=(7, None),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["all stages", "adaptive, recent", "before", "by position"])
+def test_sliding_window_and_softcap(name):
+    r = rows(3, LENGTH, ragged_positions(9, PROMPT, DECODE))
+    out, _ = run(CHAINS[name], r, PROMPT, 8, config=WINDOWED)
+    close(out, dense(r, WINDOWED)[0], r["pos"])
