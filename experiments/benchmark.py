@@ -282,7 +282,7 @@ def compile_part(model: Model, results: Any) -> None:
             "milliseconds": 1e3 * deep,
             "ratio_to_6_layers": deep / times[6],
             "note": f"{deep / times[6]:.2f} x 6 layers",
-        }  # fmt: skip
+        }
     )
     for name, chain in (("dense", dense()), ("kivi(bits=4)", kivi(bits=4))):
         cache = jax.eval_shape(lambda c=chain: kv.init_cache(config, c, 1, 8192))
@@ -298,8 +298,8 @@ def compile_part(model: Model, results: Any) -> None:
                 "case": f"decode step at capacity 8192, {name}",
                 "temporaries_mb": temp / 1e6,
                 "aliased": alias / state,
-                "note": f"temporaries {temp / 1e6:.1f} MB, {alias / state:.1%} of the cache aliased",
-            }  # fmt: skip
+                "note": f"temporaries {temp / 1e6:.1f} MB, {alias / state:.1%} aliased",
+            }
         )
 
 

@@ -13,10 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import rich.box
 import rich.console
 import rich.table
 
+# Where the output is no terminal (a log), tables get the width that they need.
 console = rich.console.Console()
+if not console.is_terminal:
+    console = rich.console.Console(width=160)
 
 
 def environment() -> dict[str, Any]:
@@ -29,7 +33,12 @@ def environment() -> dict[str, Any]:
         here = pathlib.Path(__file__).parent
         try:
             run = subprocess.run(
-                ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10
+                ["git", *arguments],
+                cwd=here,
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=False,
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
@@ -81,7 +90,8 @@ class Results:
                 settings_before, rows = old["settings"], old["rows"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{self.path} is not a results file of this program ({error}); choose another --out"
+                    f"{self.path} is not a results file of this program ({error}): "
+                    "choose another --out"
                 ) from None
             if settings_before != self.settings:
                 changed = sorted(
@@ -124,10 +134,17 @@ def table(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, An
     Args:
       columns: key -> "heading|format", e.g. {"nll": "NLL|.3f"}; a missing value is a dash.
     """
-    grid = rich.table.Table(title=title, title_justify="left")
+    grid = rich.table.Table(
+        title=title, title_justify="left", box=rich.box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
+    )
     for number, spec in enumerate(columns.values()):
+        first = number == 0
         grid.add_column(
-            spec.split("|")[0], justify="left" if number == 0 else "right", overflow="fold"
+            spec.split("|")[0],
+            justify="left" if first else "right",
+            overflow="fold",
+            ratio=None,
+            min_width=24 if first else 5,
         )
     for row in rows:
         grid.add_row(*(cell(row.get(key), spec) for key, spec in columns.items()))

@@ -59,16 +59,16 @@ FLAGS = flags.FLAGS
 
 COLUMNS = {
     "method": "method",
-    "perplexity": "perplexity|.2f",
+    "perplexity": "ppl|.2f",
     "kl": "KL|.4f",
     "top1_agreement": "top-1|.1%",
     "needle_accuracy": "needles|.0%",
     "needle_accuracy_agnostic": "agnostic|.0%",
-    "bytes_per_token": "bytes/token|,.0f",
-    "bits_per_value": "bits/value|.2f",
-    "prefill_tokens_per_second": "prefill tok/s|.0f",
-    "decode_tokens_per_second": "decode tok/s|.1f",
-    "decode_ratio_to_dense": "vs dense|.2f",
+    "bytes_per_token": "bytes/tok|,.0f",
+    "bits_per_value": "bits/val|.2f",
+    "prefill_tokens_per_second": "prefill/s|.0f",
+    "decode_tokens_per_second": "decode/s|.1f",
+    "decode_ratio_to_dense": "x dense|.2f",
 }
 SEGMENT = 64  # tokens per scoring call, also the unit of timing
 ANSWER = 8  # tokens decoded per needle

@@ -87,11 +87,16 @@ def write(
     return [png, page]
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:78rem;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;width:100%}th,td{padding:.3rem .6rem;text-align:right;
-border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left;font-family:monospace}
-img{max-width:100%}code,pre{font-size:13px;background:#f5f5f5;padding:.2rem .4rem;border-radius:4px}
-pre{overflow-x:auto;padding:.8rem}.error{color:#b00}"""
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:78rem;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0;width:100%}
+th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #ddd}
+th:first-child,td:first-child{text-align:left;font-family:monospace}
+img{max-width:100%}
+code,pre{font-size:13px;background:#f5f5f5;padding:.2rem .4rem;border-radius:4px}
+pre{overflow-x:auto;padding:.8rem}
+.error{color:#b00}
+"""
 
 
 def _page(
@@ -119,11 +124,11 @@ def _page(
 <html lang="en"><meta charset="utf-8"><title>KV-cache methods</title><style>{STYLE}</style>
 <h1>KV-cache methods on {html.escape(str(settings["model"]))}</h1>
 <p>Perplexity, KL divergence and top-1 agreement (both against dense) are of
-{settings["continuation"]} tokens after {settings["context"]} tokens of context, fed one by one through
-the compressed cache, mean of {len(settings["offsets"])} samples. Needles: five-digit numbers hidden in
-texts of {", ".join(map(str, settings["needle_lengths"]))} tokens; "agnostic": the question is asked after
-compression. Bytes are those really allocated, metadata and spare room included. Speeds are medians of
-interleaved runs at batch {len(settings["offsets"])}.</p>
+{settings["continuation"]} tokens after {settings["context"]} tokens of context, fed one by one
+through the compressed cache, mean of {len(settings["offsets"])} samples. Needles: five-digit
+numbers hidden in texts of {", ".join(map(str, settings["needle_lengths"]))} tokens; "agnostic":
+the question is asked after compression. Bytes are those really allocated, metadata and spare room
+included. Speeds are medians of interleaved runs at batch {len(settings["offsets"])}.</p>
 <img alt="Bytes per token against loss of quality" src="data:image/png;base64,{data}">
 <table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>
 <h2>Settings and environment</h2><pre>{html.escape(facts)}</pre></html>

@@ -36,7 +36,8 @@ _HOMES = {
     "save_pretrained": "models",
 }
 
-__all__ = [*_MODULES, *_HOMES]
+__all__ = list(_MODULES)
+__all__ += list(_HOMES)
 __version__ = "0.1.0"
 
 

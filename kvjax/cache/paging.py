@@ -73,8 +73,8 @@ class Rectangle:
 
         Args:
           rows: positions of the query rows, int32 [B, H, R].
-          part: (read, mask, q, rows) -> Partial, where read(x, block) gives the arrays of the tokens at
-            hand, [.., N / block, ...], and mask [.., N] says which of them count.
+          part: (read, mask, q, rows) -> Partial, where read(x, block) gives the arrays of the
+            tokens at hand, [.., N / block, ...], and mask [.., N] says which of them count.
         """
 
         def block(start: Any, size: int, first: Any) -> Partial:

@@ -16,6 +16,8 @@ from kvjax.cache.scores import Score, rank
 from kvjax.cache.stage import FOREVER, Column, Commit, Stage, Statistic
 from kvjax.cache.types import KV, Query, Spec, pytree
 
+UNIFORM = uniform()
+
 
 @pytree("spec")
 class Stateless:
@@ -29,7 +31,7 @@ class Prune(Stage):
     score: Score
     n: int | None = None
     keep: Fraction | None = None
-    budget: Budget = Budget()
+    budget: Budget = UNIFORM
 
     @property
     def streaming(self) -> bool:
@@ -138,4 +140,4 @@ def prune(
     if keep is not None and not 0 < keep <= 1:
         raise ValueError(f"prune(keep={keep}): a fraction of the prompt lies in (0, 1]")
     fraction = None if keep is None else Fraction(keep).limit_denominator(1000)
-    return Prune(score, n, fraction, uniform() if budget is None else budget)
+    return Prune(score, n, fraction, UNIFORM if budget is None else budget)

@@ -167,15 +167,17 @@ class Store(Stage):
             jnp.zeros((*head, min(w.capacity, length), spec.width), spec.dtype)
             for w in (self.keys, self.values)
         )
-        seen = (spec.layers, spec.batch, spec.kv_heads) if spec.totals is not None else spec.lead
+        seen = head if spec.totals is not None else spec.lead
+        index = None
+        if self.reader is not None:
+            index = self.reader.init(spec, place.slots // self.reader.page)
         return Stored(
             jnp.zeros(seen, jnp.int32),
             jnp.full((*place.pos_lead(spec), tokens), -1, jnp.int32),
             {name: jnp.zeros((*lead, tokens), jnp.float32) for name in spec.columns},
             k, v, *rings, place,
             {} if self.fit is None else self.fit.init(spec),
-            None if self.reader is None else self.reader.init(spec, place.slots // self.reader.page),
-            spec,
+            index, spec,
         )  # fmt: skip
 
     def downstream(self, spec: Spec) -> None:

@@ -210,5 +210,3 @@ def test_what_streams():
     ]
     assert all(t.streaming for t in yes)
     assert not any(t.streaming for t in no)
-
-
