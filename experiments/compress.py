@@ -142,11 +142,12 @@ def join(a: Any, b: Any) -> Any:
 class Job:
     """The prompts and their exact prefills, and the dense run that methods are compared with."""
 
-    def __init__(self, settings: dict[str, Any]):
+    def __init__(self, settings: dict[str, Any], methods: list[tuple[str, Any]]):
         self.settings = settings
         self.dtype = jnp.dtype(settings["dtype"])
         self.model, self.tokenizer = load(settings["model"], dtype=self.dtype)
         self.config = self.model.config
+        check(methods, self.config, settings)
         text = load_text(settings["text"])
         context, more = settings["context"], settings["continuation"]
         windows = samples(text, self.tokenizer, settings["offsets"], context + more)
@@ -347,8 +348,7 @@ def run(settings: Any, methods: Any, todo: Any, results: common.Results) -> None
     with Progress(*columns, console=common.console) as progress:
         task = progress.add_task("loading and exact prefill", total=1 + 3 * len(todo))
         try:
-            job = Job(settings)
-            check(methods, job.config, settings)
+            job = Job(settings, methods)
         except (ValueError, FileNotFoundError) as error:
             raise app.UsageError(str(error)) from None
         progress.advance(task)

@@ -5,6 +5,7 @@ each keeping some tokens and passing the rest on. Codecs (`kvjax.codecs`): how a
 """
 
 from kvjax.cache.attention import attend_new, attend_slots, received
+from kvjax.cache.axes import logical_axes
 from kvjax.cache.budgets import Budget, adaptive, pyramid, uniform
 from kvjax.cache.cache import (
     Cache,
@@ -93,6 +94,7 @@ __all__ = [
     "init_cache",
     "key_difference",
     "key_norm",
+    "logical_axes",
     "merge",
     "nbytes",
     "nearest",
