@@ -212,17 +212,15 @@ class Chain:
         """
         if isinstance(state, Pending):
             return jnp.full(state.seen.shape[1:2], FOREVER)
-        reach = None
-        for stage, own in zip(self.stages, state):
-            if own is None:
-                continue
-            mine, final = stage.horizon(own)
-            reach = mine if reach is None else jnp.minimum(reach, mine)
-            if final:
-                break
-        if reach is None:
+        if not self.stages:
             raise ValueError("an empty chain holds nothing and has no horizon")
-        return reach
+        reach = FOREVER
+        for stage, own in zip(self.stages, state):
+            mine, final = stage.horizon(own)
+            reach = jnp.minimum(reach, mine)
+            if final:
+                return reach
+        return jnp.ones_like(reach)  # what leaves the last stage is forgotten at once
 
 
 def _union(groups: Any) -> tuple:

@@ -11,7 +11,7 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.scores import Score, rank
-from kvjax.cache.stage import Column, Commit, least
+from kvjax.cache.stage import FOREVER, Column, Commit, least
 from kvjax.cache.stages import Slots, SlotStage
 from kvjax.cache.types import KV, Spec
 
@@ -229,7 +229,10 @@ class Heavy(SlotStage):
         return stay, lose
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:
-        return self.n - jnp.minimum(least(state.seen), self.n) + 1, True
+        reach = self.n - jnp.minimum(least(state.seen), self.n) + 1
+        if self.downstream(state.spec) is None:
+            reach = jnp.full_like(reach, FOREVER)
+        return (jnp.ones_like(reach) if self._recodes(state.spec) else reach), True
 
 
 def heavy(

@@ -12,7 +12,7 @@ from jax import Array
 from kvjax.cache import buffer
 from kvjax.cache.attention import attend_slots, dot_keys, dot_values
 from kvjax.cache.ring import Window, tree_gather, tree_write
-from kvjax.cache.stage import FOREVER, Commit, Stage, least, most, observe_slots
+from kvjax.cache.stage import FOREVER, Commit, Stage, exact, least, most, observe_slots
 from kvjax.cache.types import KV, Partial, Query, Spec, partial_attention, pytree, rotate
 from kvjax.codecs import as_pair
 
@@ -57,6 +57,11 @@ class SlotStage(Stage):
             if width is not None:
                 part.check(width)
         return pair
+
+    def _recodes(self, spec: Spec) -> bool:
+        """Whether a token changes when it is stored."""
+        pair = self._pair()
+        return pair is not None and not (exact(pair.k, spec.dtype) and exact(pair.v, spec.dtype))
 
     def _empty(self, spec: Spec, slots: int, extra: tuple[str, ...] = ()) -> Slots:
         kv = buffer.empty(spec, slots, spec.columns + extra)
@@ -138,7 +143,9 @@ class First(SlotStage):
         return state.replace(kv=held, seen=state.seen + kv.count), buffer.drop_first(kv, taken)
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:
-        return jnp.full(state.seen.shape[1:2], FOREVER), False
+        coming = least(state.seen) < state.kv.size
+        reach = jnp.where(coming & self._recodes(state.spec), 1, FOREVER)
+        return reach, self.downstream(state.spec) is None
 
 
 def first(n: int, positions: Literal["true", "slot"] = "true", codec: Any = None) -> First:
@@ -169,17 +176,18 @@ class Recent(SlotStage):
         Window(self.n, self.release)
         self._pair()
 
+    def _keeps_all(self, spec: Spec) -> bool:
+        return spec.max_length < self.n + self.release
+
     def _window(self, spec: Spec) -> Window:
         # A window that can never be full needs no room for tokens about to leave.
-        return (
-            Window(spec.max_length) if spec.max_length <= self.n else Window(self.n, self.release)
-        )
+        return Window(spec.max_length) if self._keeps_all(spec) else Window(self.n, self.release)
 
     def init(self, spec: Spec) -> Slots:
         return self._empty(spec, self._window(spec).capacity)
 
     def downstream(self, spec: Spec) -> Spec | None:
-        return spec.less(self.n) if spec.max_length > self.n else None
+        return None if self._keeps_all(spec) else spec.less(self.n)
 
     def releases(self, state: Slots, kv: KV) -> Array:
         window = self._window(state.spec)
@@ -204,7 +212,10 @@ class Recent(SlotStage):
         return state.replace(kv=new, seen=total), over
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:
-        return least(self._window(state.spec).horizon(state.seen)), True
+        reach = least(self._window(state.spec).horizon(state.seen))
+        if self._keeps_all(state.spec):
+            reach = jnp.full_like(reach, FOREVER)
+        return (jnp.ones_like(reach) if self._recodes(state.spec) else reach), True
 
 
 def recent(n: int, release: int = 1, codec: Any = None) -> Recent:
@@ -265,7 +276,8 @@ class ByPosition(SlotStage):
         return state.replace(kv=held, seen=held.count), None
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:
-        return jnp.full(state.seen.shape[1:2], FOREVER), True
+        reach = 1 if self._recodes(state.spec) else FOREVER
+        return jnp.full(state.seen.shape[1:2], reach), True
 
 
 def by_position(n: int, codec: Any = None) -> ByPosition:
