@@ -68,9 +68,7 @@ def blockwise(
     full = jnp.zeros((), jnp.int32) if slots <= BLOCK else jnp.maximum(used - 1, 0) // BLOCK
     rest = used - full * BLOCK
     choice = sum((rest > size).astype(jnp.int32) for size in sizes[:-1])
-    tail = jax.lax.switch(
-        choice, [lambda size=size: block(full * BLOCK, size) for size in sizes]
-    )
+    tail = jax.lax.switch(choice, [lambda size=size: block(full * BLOCK, size) for size in sizes])
     if slots <= BLOCK:
         return tail
     step = lambda i, done: merge(done, block(i * BLOCK, BLOCK))  # noqa: E731
@@ -240,7 +238,9 @@ def received(
     def one(
         k: Array, pos: Array, q: Array, top: Array, total: Array, span: Array, row: Array, w: Array
     ) -> Array:
-        logits = jnp.einsum("...hgtd,...hnd->...hgtn", q, k, preferred_element_type=jnp.float32)
+        # One matrix product per head as in attention: other forms transpose, so copy, the buffer.
+        flat = q.reshape(*q.shape[:-3], -1, q.shape[-1])
+        logits = dot_keys(flat, k).reshape(*q.shape[:-1], k.shape[-2])
         if softcap is not None:
             logits = softcap * jnp.tanh(logits / softcap)
         safe = jnp.where(jnp.isneginf(top), 0.0, top)

@@ -169,21 +169,19 @@ class Chain:
             return state
         stage = self.stages[place]
         last = place + 1 == len(self.stages) or state[1] is None
-
-        def keep(state: tuple) -> tuple:
-            return (stage.commit(state[0], kv, context)[0], *state[1:])
-
-        def flow(state: tuple) -> tuple:
-            own, over = stage.commit(state[0], kv, context)
-            return (own, *self._push(place + 1, state[1:], over, context))
-
+        own, over = stage.commit(state[0], kv, context)
         leaves = False if last else stage.releases(state[0], kv)
         if leaves is False:
-            return keep(state)
+            return (own, *state[1:])
+
+        def flow(rest: tuple) -> tuple:
+            return self._push(place + 1, rest, over, context)
+
         if leaves is True or kv.size > buffer.FEW:
-            return flow(state)
-        # Most single tokens move nothing: branch once, outside of all layers and rows.
-        return jax.lax.cond(leaves, flow, keep, state)
+            return (own, *flow(state[1:]))
+        # Most single tokens move nothing: branch once, outside of all layers and rows. A stage's
+        # own state stays outside: what a branch both reads and writes would be copied.
+        return (own, *jax.lax.cond(leaves, flow, lambda rest: rest, state[1:]))
 
     def finish(
         self, state: Any, context: Commit, stats: Mapping[str, Any] | None = None

@@ -206,6 +206,7 @@ class Heavy(SlotStage):
             return jnp.where(at, b.astype(a.dtype), a)
 
         over = jax.tree.map(pick, out, dataclasses.replace(kv, pos=mypos))
+        slot = buffer.after(slot, *jax.tree.leaves(out))
         return buffer.put(held, jnp.where(enters, slot, -1), kv), over
 
     def _select(self, held: KV, kv: KV, context: Commit, unrotated: bool) -> tuple[KV, KV]:

@@ -204,11 +204,15 @@ class Recent(SlotStage):
             pos=jnp.broadcast_to(kv.pos, (*held.pos.shape[:3], kv.size)),
             extra={name: buffer.column(kv, name) for name in held.extra},
         )
-        over = tree_gather(window, held, rows, seen, number)
-        over = dataclasses.replace(over, pos=jnp.where(number >= 0, over.pos, -1))
-        new = tree_write(window, held, rows, seen, kv.count)
+
+        def leave(held: KV) -> KV:
+            over = tree_gather(window, held, rows, seen, number)
+            over = dataclasses.replace(over, pos=jnp.where(number >= 0, over.pos, -1))
+            return self._load(buffer.head(over, over.size), state.spec)
+
+        over = buffer.read_if(self.releases(state, kv), kv.size, leave, held)
+        new = tree_write(window, held, rows, buffer.after(seen, *jax.tree.leaves(over)), kv.count)
         new = dataclasses.replace(new, pos=jnp.where(window.held(total) >= 0, new.pos, -1))
-        over = self._load(buffer.head(over, over.size), state.spec)
         return state.replace(kv=new, seen=total), over
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:

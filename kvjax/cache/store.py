@@ -240,6 +240,7 @@ class Store(Stage):
                 code = jax.lax.cond(jnp.any(new > old), encode, lambda code: code, code)
             else:
                 code = encode(code)
+        seen = buffer.after(seen, *jax.tree.leaves(code))
         return code, window.write(ring, rows, seen, arrived)
 
     def _constants(self, codec: Codec, state: Stored, given: Any) -> dict[str, Array] | None:
