@@ -150,7 +150,7 @@ class Heavy(SlotStage):
         )
 
     def releases(self, state: Slots, kv: KV) -> Array:
-        return jnp.any(state.kv.count + kv.count > self.n)
+        return jnp.any(state.seen + kv.count > self.n)
 
     def _value(self, kv: KV, context: Commit, unrotated: bool) -> Array:
         if self._local:
@@ -198,7 +198,9 @@ class Heavy(SlotStage):
         mine, mypos = worth(kv)
         older = mypos < jnp.take_along_axis(pos, slot, -1)
         enters = (mypos >= 0) & (free | (mine > low) | ((mine == low) & older))
-        out = buffer.take(held, jnp.where(enters & ~free, slot, -1))
+        gone = enters & ~free
+        leave = lambda held: buffer.take(held, jnp.where(gone, slot, -1))  # noqa: E731
+        out = buffer.read_if(jnp.any(gone), 1, leave, held)
         rejected = (mypos >= 0) & ~enters
 
         def pick(a: Array, b: Array) -> Array:

@@ -94,7 +94,7 @@ def copies(hlo, sizes):
         if line and not line.startswith(" "):
             inside = line
         match = re.search(r"= \w+\[([\d,]+)\]\S* copy(-start)?\(", line)
-        if match and "fused_computation" not in inside:
-            if math.prod(int(n) for n in match[1].split(",")) in sizes:
-                found.append(line.strip())
+        size = math.prod(int(n) for n in match[1].split(",")) if match else 0
+        if size in sizes and "fused_computation" not in inside:
+            found.append(line.strip())
     return found
