@@ -232,7 +232,9 @@ def received(
     def one(
         k: Array, pos: Array, q: Array, top: Array, total: Array, span: Array, row: Array, w: Array
     ) -> Array:
-        logits = jnp.einsum("...hgtd,...hnd->...hgtn", q, k, preferred_element_type=jnp.float32)
+        # One matrix product per head as in attention: other forms transpose, so copy, the buffer.
+        flat = q.reshape(*q.shape[:-3], -1, q.shape[-1])
+        logits = dot_keys(flat, k).reshape(*q.shape[:-1], k.shape[-2])
         if softcap is not None:
             logits = softcap * jnp.tanh(logits / softcap)
         safe = jnp.where(jnp.isneginf(top), 0.0, top)
