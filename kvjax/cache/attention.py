@@ -157,8 +157,8 @@ def attend_new(
         ok = jnp.tile(allowed(i, ni, j, nj), (1, 1, groups, 1))
         return partial_attention(logits, ok, lambda p: dot_values(p, vj))
 
-    if rows == 1:
-        # One row sees itself: no softmax. (It must; a row that sees no key at all has no output.)
+    if rows == 1 and isinstance(mask, str):
+        # One row sees itself: no softmax.
         logit = query.cap(jnp.sum(query.grouped(query.q, heads).astype(jnp.float32) * k, -1))
         seen = pos[:, :, None] >= 0
         value = jnp.broadcast_to(v.astype(jnp.float32), (*logit.shape, v.shape[-1]))
