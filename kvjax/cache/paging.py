@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvjax.cache.attention import blockwise, layer_of
+from kvjax.cache.attention import block_size, blockwise, layer_of
 from kvjax.cache.buffer import put_rows
 from kvjax.cache.types import Partial, Query, Spec, merge, pytree
 
@@ -31,15 +31,19 @@ def per_layer(x: Array, layer: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(x, layer if x.shape[0] > 1 else 0, 0, keepdims=False)
 
 
-@pytree("slots")
+@pytree("slots", "unit")
 class Rectangle:
-    """Every row and head has room for `slots` tokens: arrays [L, B, H, slots / block, ...]."""
+    """Every row and head has room for `slots` tokens: arrays [L, B, H, slots / block, ...].
+
+    `unit` tokens are the fewest that can be read.
+    """
 
     slots: int
+    unit: int
 
     @staticmethod
     def init(spec: Spec, slots: int, unit: int) -> Rectangle:
-        return Rectangle(-(-slots // unit) * unit)
+        return Rectangle(-(-slots // unit) * unit, unit)
 
     def lead(self, spec: Spec) -> tuple[int, ...]:
         return (spec.layers, spec.batch, spec.kv_heads)
@@ -86,7 +90,8 @@ class Rectangle:
 
             return part(read, mask, q, rows)
 
-        return blockwise(query, self.slots, jnp.max(coded), block)
+        size = block_size(q.shape[0] * q.shape[1] * q.shape[3], self.unit)
+        return blockwise(query, self.slots, jnp.max(coded), block, size, self.unit)
 
 
 @pytree("starts", "page")
