@@ -40,6 +40,8 @@ flags.DEFINE_list("only", [], f"Parts to run: {', '.join(PARTS)}; empty: all.")
 flags.DEFINE_string("out", "results/benchmark", "Folder for results.json.")
 FLAGS = flags.FLAGS
 
+# Between runs: the threads of the one before spin for a while, waiting for more work.
+REST = 0.5
 COLUMNS = {
     "case": "case",
     "milliseconds": "ms|.2f",
@@ -182,6 +184,7 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            time.sleep(REST)
             seconds[name].append(run())
         bandwidth.measure()
     return seconds

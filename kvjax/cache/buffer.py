@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -22,6 +26,31 @@ def empty(spec: Spec, slots: int, columns: tuple[str, ...] | None = None) -> KV:
         pos=jnp.full((*spec.lead, slots), -1, jnp.int32),
         extra={name: jnp.zeros(shape, jnp.float32) for name in names},
     )
+
+
+def after(index: Array, *reads: Array) -> Array:
+    """`index` (integers) unchanged, but known to the compiler only once `reads` are.
+
+    A buffer is written in place only if all that reads it must come first; XLA knows no order but
+    that of data, and copies the whole buffer where a write does not depend on a read.
+    """
+    for x in reads:
+        if x.size:
+            bits = x[(0,) * x.ndim].astype(jnp.float32).view(jnp.int32)
+            index += jnp.minimum(bits & 0x7FFFFFFF, 0).astype(index.dtype)  # always 0
+    return index
+
+
+def read_if(needed: Array, rows: int, read: Callable[[Any], KV], held: Any) -> KV:
+    """`read(held)` where `needed`, otherwise no tokens; decided at run time for a few rows."""
+    if rows > FEW:
+        return read(held)
+
+    def nothing(held: Any) -> KV:
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(read, held))
+        return dataclasses.replace(none, pos=none.pos - 1)
+
+    return jax.lax.cond(needed, read, nothing, held)
 
 
 def _along(x: Array, index: Array, axis: int = 3) -> Array:

@@ -206,7 +206,10 @@ def commit(cache: Cache, new: New, keep: Array | None = None, phase: Phase = "de
         index = jnp.broadcast_to(index, (kv.pos.shape[1], kv.size))
     else:
         index = keep.astype(jnp.int32)
-    pos = jnp.take_along_axis(kv.pos[0, :, 0], jnp.maximum(index, 0), 1)
+    # Positions are written after the forward pass, which still reads those of the cache.
+    pos = buffer.after(kv.pos, kv.k)
+    kv = dataclasses.replace(kv, pos=pos)
+    pos = jnp.take_along_axis(pos[0, :, 0], jnp.maximum(index, 0), 1)
     index = jnp.where(pos >= 0, index, -1)
     if index.shape[1] > 1:
         far = jnp.iinfo(jnp.int32).max

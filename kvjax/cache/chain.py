@@ -170,21 +170,19 @@ class Chain:
             return state
         stage = self.stages[place]
         last = place + 1 == len(self.stages) or state[1] is None
-
-        def keep(state: tuple) -> tuple:
-            return (stage.commit(state[0], kv, context)[0], *state[1:])
-
-        def flow(state: tuple) -> tuple:
-            own, over = stage.commit(state[0], kv, context)
-            return (own, *self._push(place + 1, state[1:], over, context))
-
+        own, over = stage.commit(state[0], kv, context)
         leaves = False if last else stage.releases(state[0], kv)
         if leaves is False:
-            return keep(state)
+            return (own, *state[1:])
+
+        def flow(rest: tuple) -> tuple:
+            return self._push(place + 1, rest, over, context)
+
         if leaves is True or kv.size > buffer.FEW or context.stats:
-            return flow(state)  # a finished prompt passes every stage: some fit themselves to it
-        # Most single tokens move nothing: branch once, outside of all layers and rows.
-        return jax.lax.cond(leaves, flow, keep, state)
+            return (own, *flow(state[1:]))  # a finished prompt passes every stage: some fit to it
+        # Most single tokens move nothing: branch once, outside of all layers and rows. A stage's
+        # own state stays outside: what a branch both reads and writes would be copied.
+        return (own, *jax.lax.cond(leaves, flow, lambda rest: rest, state[1:]))
 
     def finish(
         self, state: Any, context: Commit, stats: Mapping[str, Any] | None = None
@@ -219,17 +217,15 @@ class Chain:
         """
         if isinstance(state, Pending):
             return jnp.full(state.seen.shape[1:2], FOREVER)
-        reach = None
-        for stage, own in zip(self.stages, state):
-            if own is None:
-                continue
-            mine, final = stage.horizon(own)
-            reach = mine if reach is None else jnp.minimum(reach, mine)
-            if final:
-                break
-        if reach is None:
+        if not self.stages:
             raise ValueError("an empty chain holds nothing and has no horizon")
-        return reach
+        reach = FOREVER
+        for stage, own in zip(self.stages, state):
+            mine, final = stage.horizon(own)
+            reach = jnp.minimum(reach, mine)
+            if final:
+                return reach
+        return jnp.ones_like(reach)  # what leaves the last stage is forgotten at once
 
 
 def _union(groups: Any) -> tuple:

@@ -12,7 +12,7 @@ from jax import Array
 from kvjax.cache import buffer
 from kvjax.cache.scores import Score, rank
 from kvjax.cache.share import Share, tokens_of
-from kvjax.cache.stage import Column, Commit, least
+from kvjax.cache.stage import FOREVER, Column, Commit, least
 from kvjax.cache.stages import Slots, SlotStage
 from kvjax.cache.types import KV, Spec
 
@@ -155,7 +155,7 @@ class Heavy(SlotStage):
         )
 
     def releases(self, state: Slots, kv: KV) -> Array:
-        return jnp.any(state.kv.count + kv.count > tokens_of(self.n, state.spec))
+        return jnp.any(state.seen + kv.count > tokens_of(self.n, state.spec))
 
     def _value(self, kv: KV, context: Commit, unrotated: bool) -> Array:
         if self._local:
@@ -203,7 +203,9 @@ class Heavy(SlotStage):
         mine, mypos = worth(kv)
         older = mypos < jnp.take_along_axis(pos, slot, -1)
         enters = (mypos >= 0) & (free | (mine > low) | ((mine == low) & older))
-        out = buffer.take(held, jnp.where(enters & ~free, slot, -1))
+        gone = enters & ~free
+        leave = lambda held: buffer.take(held, jnp.where(gone, slot, -1))  # noqa: E731
+        out = buffer.read_if(jnp.any(gone), 1, leave, held)
         rejected = (mypos >= 0) & ~enters
 
         def pick(a: Array, b: Array) -> Array:
@@ -211,6 +213,7 @@ class Heavy(SlotStage):
             return jnp.where(at, b.astype(a.dtype), a)
 
         over = jax.tree.map(pick, out, dataclasses.replace(kv, pos=mypos))
+        slot = buffer.after(slot, *jax.tree.leaves(out))
         return buffer.put(held, jnp.where(enters, slot, -1), kv), over
 
     def _select(self, held: KV, kv: KV, context: Commit, unrotated: bool) -> tuple[KV, KV]:
@@ -235,7 +238,10 @@ class Heavy(SlotStage):
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:
         n = tokens_of(self.n, state.spec)
-        return n - jnp.minimum(least(state.seen), n) + 1, True
+        reach = n - jnp.minimum(least(state.seen), n) + 1
+        if self.downstream(state.spec) is None:
+            reach = jnp.full_like(reach, FOREVER)
+        return (jnp.ones_like(reach) if self._recodes(state.spec) else reach), True
 
 
 def heavy(

@@ -42,6 +42,8 @@ class BestPages(Reader):
 def best_pages(pages: int, page: int = 16) -> Reader:
     """Reads the `pages` pages whose mean key has the largest product with any query of the group.
 
+    Every row of a few chooses for itself; rows of a prompt (more than 8 at once) read everything.
+
     Args:
       pages: pages read per key-value head and step.
       page: tokens per page.

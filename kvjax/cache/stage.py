@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.types import KV, Observation, Partial, Phase, Query, Rope, Spec, rotate
+from kvjax.codecs import Codec, Dense
 
 FOREVER = jnp.iinfo(jnp.int32).max // 2
 
@@ -155,6 +156,11 @@ class Stage:
         visible here nor its form. `final`: whether tokens within the horizon stay here, so that
         later stages do not see them."""
         raise NotImplementedError
+
+
+def exact(codec: Codec, dtype: Any) -> bool:
+    """Whether a codec gives back, bit for bit, what was stored in `dtype`."""
+    return isinstance(codec, Dense) and codec.dtype in (None, jnp.dtype(dtype).name)
 
 
 def total(count: Array, spec: Spec) -> Array:

@@ -13,7 +13,7 @@ from kvjax.cache import buffer
 from kvjax.cache.attention import attend_slots, dot_keys, dot_values
 from kvjax.cache.ring import Window, tree_gather, tree_write
 from kvjax.cache.share import Share, tokens_of
-from kvjax.cache.stage import FOREVER, Commit, Stage, least, most, observe_slots, total
+from kvjax.cache.stage import FOREVER, Commit, Stage, exact, least, most, observe_slots, total
 from kvjax.cache.types import KV, Partial, Query, Spec, partial_attention, pytree, rotate
 from kvjax.codecs import as_pair
 
@@ -58,6 +58,11 @@ class SlotStage(Stage):
             if width is not None:
                 part.check(width)
         return pair
+
+    def _recodes(self, spec: Spec) -> bool:
+        """Whether a token changes when it is stored."""
+        pair = self._pair()
+        return pair is not None and not (exact(pair.k, spec.dtype) and exact(pair.v, spec.dtype))
 
     def _empty(self, spec: Spec, slots: int, extra: tuple[str, ...] = ()) -> Slots:
         kv = buffer.empty(spec, slots, spec.columns + extra)
@@ -143,7 +148,9 @@ class First(SlotStage):
         return state.replace(kv=held, seen=state.seen + kv.count), buffer.drop_first(kv, taken)
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:
-        return jnp.full(state.seen.shape[1:2], FOREVER), False
+        coming = least(state.seen) < state.kv.size
+        reach = jnp.where(coming & self._recodes(state.spec), 1, FOREVER)
+        return reach, self.downstream(state.spec) is None
 
 
 def first(n: int | Share, positions: Literal["true", "slot"] = "true", codec: Any = None) -> First:
@@ -174,17 +181,19 @@ class Recent(SlotStage):
         Window(1, self.release)
         self._pair()
 
+    def _keeps_all(self, spec: Spec) -> bool:
+        return spec.max_length < tokens_of(self.n, spec) + self.release
+
     def _window(self, spec: Spec) -> Window:
         # A window that can never be full needs no room for tokens about to leave.
         n = tokens_of(self.n, spec)
-        return Window(spec.max_length) if spec.max_length <= n else Window(n, self.release)
+        return Window(spec.max_length) if self._keeps_all(spec) else Window(n, self.release)
 
     def init(self, spec: Spec) -> Slots:
         return self._empty(spec, self._window(spec).capacity)
 
     def downstream(self, spec: Spec) -> Spec | None:
-        n = tokens_of(self.n, spec)
-        return spec.less(n) if spec.max_length > n else None
+        return None if self._keeps_all(spec) else spec.less(tokens_of(self.n, spec))
 
     def releases(self, state: Slots, kv: KV) -> Array:
         window = self._window(state.spec)
@@ -201,15 +210,22 @@ class Recent(SlotStage):
             pos=jnp.broadcast_to(kv.pos, (*held.pos.shape[:3], kv.size)),
             extra={name: buffer.column(kv, name) for name in held.extra},
         )
-        over = tree_gather(window, held, rows, seen, number)
-        over = dataclasses.replace(over, pos=jnp.where(number >= 0, over.pos, -1))
-        new = tree_write(window, held, rows, seen, kv.count)
+
+        def leave(held: KV) -> KV:
+            over = tree_gather(window, held, rows, seen, number)
+            over = dataclasses.replace(over, pos=jnp.where(number >= 0, over.pos, -1))
+            return self._load(buffer.head(over, over.size), state.spec)
+
+        over = buffer.read_if(self.releases(state, kv), kv.size, leave, held)
+        new = tree_write(window, held, rows, buffer.after(seen, *jax.tree.leaves(over)), kv.count)
         new = dataclasses.replace(new, pos=jnp.where(window.held(total) >= 0, new.pos, -1))
-        over = self._load(buffer.head(over, over.size), state.spec)
         return state.replace(kv=new, seen=total), over
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:
-        return least(self._window(state.spec).horizon(state.seen)), True
+        reach = least(self._window(state.spec).horizon(state.seen))
+        if self._keeps_all(state.spec):
+            reach = jnp.full_like(reach, FOREVER)
+        return (jnp.ones_like(reach) if self._recodes(state.spec) else reach), True
 
 
 def recent(n: int | Share, release: int = 1, codec: Any = None) -> Recent:
@@ -270,7 +286,8 @@ class ByPosition(SlotStage):
         return state.replace(kv=held, seen=held.count), None
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:
-        return jnp.full(state.seen.shape[1:2], FOREVER), True
+        reach = 1 if self._recodes(state.spec) else FOREVER
+        return jnp.full(state.seen.shape[1:2], reach), True
 
 
 def by_position(n: int, codec: Any = None) -> ByPosition:

@@ -14,9 +14,9 @@ from kvjax.cache import buffer
 from kvjax.cache.attention import dot_keys, dot_values
 from kvjax.cache.paging import Pool, Rectangle, per_layer
 from kvjax.cache.ring import Window
-from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, least, most, total
+from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
-from kvjax.codecs import Codec, Dense, PerKV, as_pair, dense
+from kvjax.codecs import Codec, PerKV, as_pair, dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +247,7 @@ class Store(Stage):
                 code = jax.lax.cond(jnp.any(new > old), encode, lambda code: code, code)
             else:
                 code = encode(code)
+        seen = buffer.after(seen, *jax.tree.leaves(code))
         return code, window.write(ring, rows, seen, arrived)
 
     def _constants(self, codec: Codec, state: Stored, given: Any) -> dict[str, Array] | None:
@@ -330,10 +331,31 @@ class Store(Stage):
             code = jax.tree.map(lambda x: read(x, cv.block), state.v)
             return partial_attention(logits, seen, lambda p: cv.mix(p, code, vc))
 
-        rows = self._rows(query, q)
-        if self.reader is None:
+        rows, count = self._rows(query, q), query.pos.shape[1]
+        if self.reader is None or count > buffer.FEW:
             return state.place.fold(layer, query, q, rows, coded, part)
-        # Two phases: the reader names pages, and only those are gathered and decoded.
+        if count == 1:
+            return self._attend_pages(state, layer, query, q, rows, coded, part)
+
+        def one(t: Array) -> Partial:
+            cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, t, 1, axis)  # noqa: E731
+            row = dataclasses.replace(
+                query, q=cut(query.q, 2), raw=cut(query.raw, 2), pos=cut(query.pos, 1)
+            )
+            q = row.grouped(row.q, state.spec.kv_heads)
+            return self._attend_pages(state, layer, row, q, self._rows(row, q), coded, part)
+
+        # Each row reads what it would have read alone. [T, B, H, G, ..] -> [B, H, G * T, ..]
+        done = jax.lax.map(one, jnp.arange(count))
+        return jax.tree.map(
+            lambda x: jnp.moveaxis(x, 0, 3).reshape(*q.shape[:3], *x.shape[4:]), done
+        )
+
+    def _attend_pages(
+        self, state: Stored, layer: Array, query: Query, q: Array, rows: Array, coded: Array,
+        part: Any,
+    ) -> Partial:  # fmt: skip
+        """In two phases: the reader names pages, and only those are gathered and decoded."""
         page = self.reader.page
         index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
         chosen = self.reader.select(index, query, q, coded // page)
@@ -413,9 +435,19 @@ class Store(Stage):
 
     def horizon(self, state: Stored) -> tuple[Array, bool]:
         reach = jnp.full(state.seen.shape[1:2], FOREVER)
-        for codec, window in ((self.codec.k, self.keys), (self.codec.v, self.values)):
-            if not isinstance(codec, Dense):
+        for codec, window, code in (
+            (self.codec.k, self.keys, state.k),
+            (self.codec.v, self.values, state.v),
+        ):
+            if jax.tree.leaves(code) and not exact(codec, state.spec.dtype):
                 reach = jnp.minimum(reach, least(window.horizon(state.seen)))
+        if self.reader is not None and self.reader.pages * self.reader.page < state.place.slots:
+            # A page that is complete may no longer be read.
+            page, coded = self.reader.page, self._coded(state.seen)
+            more = jnp.arange(1, page + max(self.keys.release, self.values.release) + 1)
+            turns = self._coded(state.seen[..., None] + more) // page > coded[..., None] // page
+            first = jnp.where(jnp.any(turns, -1), jnp.argmax(turns, -1) + 1, more[-1])
+            reach = jnp.minimum(reach, least(first))
         return reach, True
 
 

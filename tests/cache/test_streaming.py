@@ -6,8 +6,6 @@ not compared. Commits are of widths 24, 5 and 1; hypothesis decides how many tok
 come with which commit, and where among them padding (NaN) stands.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +33,7 @@ from kvjax.cache.stage import Commit
 from kvjax.cache.stages import Slots
 from kvjax.cache.store import Stored
 from kvjax.codecs import per_kv, quantize
-from tests.cache.harness import BATCH, CONFIG, QUICKLY, cut, empty, rows
+from tests.cache.harness import BATCH, QUICKLY, cut, empty, rows
 
 TOKENS = 24
 kivi = per_kv(k=quantize(2, axis="channel", group=8), v=quantize(4))
