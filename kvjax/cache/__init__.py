@@ -20,6 +20,7 @@ from kvjax.cache.cache import (
     tokens_held,
 )
 from kvjax.cache.chain import Chain, Pending, chain
+from kvjax.cache.expected import expected_attention
 from kvjax.cache.heavy import Absorb, heavy, nearest
 from kvjax.cache.prune import prune
 from kvjax.cache.readers import best_pages
@@ -27,7 +28,6 @@ from kvjax.cache.ring import Window
 from kvjax.cache.scores import (
     Score,
     accumulated_attention,
-    expected_attention,
     key_difference,
     key_norm,
     newest_attention,

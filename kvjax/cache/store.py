@@ -95,6 +95,8 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Store(Stage):
+    """See `store`."""
+
     codec: PerKV
     keys: Window
     values: Window

@@ -66,18 +66,26 @@ def start(*arguments: str) -> None:
         compress.main(compress.FLAGS(argv))
 
 
-def compile_quickly(patch: pytest.MonkeyPatch) -> None:
-    """The jitted functions of the job without XLA's costly passes: they run a few times each."""
-    from experiments import compress
+def compile_quickly(patch: pytest.MonkeyPatch, job: bool = True) -> None:
+    """The jitted loops without XLA's costly passes: they run a few times each.
+
+    Args:
+      job: those of the main job too.
+    """
     from kvjax.decode import loop
 
     static = {
-        (compress, "_forward"): {"static_argnames": ("statistics",)},
-        (compress, "_commit"): {},
         (loop, "_score"): {"static_argnames": ("keep_logits",)},
         (loop, "_extend"): {"static_argnames": ("phase", "fold", "read", "logits")},
+        (loop, "_generate"): {"static_argnames": loop._static},
         (loop, "_generate_donating"): {"static_argnames": loop._static},
+        (loop, "_finish"): {},
     }
+    if job:
+        from experiments import compress
+
+        static[compress, "_forward"] = {"static_argnames": ("statistics",)}
+        static[compress, "_commit"] = {}
     for (module, name), options in static.items():
         patch.setattr(module, name, quick_jit(getattr(module, name).__wrapped__, **options))
 
