@@ -5,6 +5,7 @@ each keeping some tokens and passing the rest on. Codecs (`kvjax.codecs`): how a
 """
 
 from kvjax.cache.attention import attend_new, attend_slots, received
+from kvjax.cache.axes import logical_axes
 from kvjax.cache.budgets import Budget, adaptive, pyramid, uniform
 from kvjax.cache.cache import (
     Cache,
@@ -16,6 +17,7 @@ from kvjax.cache.cache import (
     nbytes,
     rope_of,
     span_of,
+    tokens_held,
 )
 from kvjax.cache.chain import Chain, Pending, chain
 from kvjax.cache.heavy import Absorb, heavy, nearest
@@ -33,6 +35,7 @@ from kvjax.cache.scores import (
     recency,
     window_attention,
 )
+from kvjax.cache.share import Share, share
 from kvjax.cache.stage import Column, Commit, Stage, Statistic
 from kvjax.cache.stages import by_position, first, prefix, recent
 from kvjax.cache.store import Fit, Reader, Store, store
@@ -68,6 +71,7 @@ __all__ = [
     "Reader",
     "Rope",
     "Score",
+    "Share",
     "Spec",
     "Stage",
     "Statistic",
@@ -90,6 +94,7 @@ __all__ = [
     "init_cache",
     "key_difference",
     "key_norm",
+    "logical_axes",
     "merge",
     "nbytes",
     "nearest",
@@ -104,8 +109,10 @@ __all__ = [
     "recent",
     "rope_of",
     "rotate",
+    "share",
     "span_of",
     "store",
+    "tokens_held",
     "uniform",
     "window_attention",
 ]

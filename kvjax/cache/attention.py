@@ -13,9 +13,9 @@ from jax import Array
 from kvjax.cache.types import KV, Observation, Partial, Query, merge, partial_attention, rotate
 
 # Slots read per step of the loop over a buffer: on two CPU cores 1,024 read about twice as fast per
-# slot as 256. What is left over is read by the smallest of these sizes that holds it.
+# slot as 256. A large buffer that holds no more than FEW is read by one short step, without loop.
 BLOCK = 1024
-SIZES = (128, 256, 512, 1024)
+FEW = 512
 ROWS = 256
 
 
@@ -50,29 +50,23 @@ def blockwise(
       part: (start, size, first) -> Partial over slots [start, start + size) that are at least
         `first`; a block that would leave the buffer starts earlier and skips what was read before.
     """
-    if slots <= SIZES[0] or (slots <= BLOCK and used is None):
+    if slots <= BLOCK:
         return part(0, slots, 0)
 
-    def block(first: Any, size: int) -> Partial:
-        size = min(size, slots)
-        return part(jnp.minimum(first, slots - size), size, first)
+    def block(first: Any) -> Partial:
+        return part(jnp.minimum(first, slots - BLOCK), BLOCK, first)
 
-    none = jax.eval_shape(lambda: part(0, SIZES[0], 0))
+    none = jax.eval_shape(lambda: part(0, FEW, 0))
     none = Partial.identity(none.max.shape, none.out.shape[-1])
     if query.differentiable or used is None:
         starts = jnp.arange(-(-slots // BLOCK)) * BLOCK
-        step = lambda done, first: (merge(done, block(first, BLOCK)), None)  # noqa: E731
-        return jax.lax.scan(step, none, starts)[0]
-    sizes = [size for size in SIZES if size < slots] + [min(BLOCK, slots)]
-    sizes = sorted(set(sizes))
-    full = jnp.zeros((), jnp.int32) if slots <= BLOCK else jnp.maximum(used - 1, 0) // BLOCK
-    rest = used - full * BLOCK
-    choice = sum((rest > size).astype(jnp.int32) for size in sizes[:-1])
-    tail = jax.lax.switch(choice, [lambda size=size: block(full * BLOCK, size) for size in sizes])
-    if slots <= BLOCK:
-        return tail
-    step = lambda i, done: merge(done, block(i * BLOCK, BLOCK))  # noqa: E731
-    return merge(jax.lax.fori_loop(0, full, step, none), tail)
+        return jax.lax.scan(lambda done, i: (merge(done, block(i)), None), none, starts)[0]
+
+    def several() -> Partial:
+        step = lambda i, done: merge(done, block(i * BLOCK))  # noqa: E731
+        return jax.lax.fori_loop(0, (used + BLOCK - 1) // BLOCK, step, none)
+
+    return jax.lax.cond(used <= FEW, lambda: part(0, FEW, 0), several)
 
 
 def attend_slots(

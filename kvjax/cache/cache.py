@@ -79,7 +79,9 @@ def init_cache(
       transform: a chain (or a single stage).
       batch: rows.
       max_length: the most tokens that any row will ever have, prompt included.
-      prompt: the most of these that come as the prompt, before `finish`; 0: no prompt.
+      prompt: the most of these that come as the prompt, before `finish`; 0: no prompt. After it,
+        every row has room for max_length - prompt tokens: a row with a shorter prompt may have
+        more where nothing was pruned, but should not count on it.
       dtype: of exact keys and values.
       exact_layers: layers that hold everything exactly whatever the transform (negative: from the
         end).
@@ -121,6 +123,7 @@ def init_cache(
             config.kv_heads,
             config.head_dim,
             max_length,
+            prompt,
             prompt,
             dtype,
         )
@@ -280,6 +283,11 @@ def horizon(cache: Cache) -> Array:
     """int32 [B]: the most tokens that may be accepted at once; see `Chain.horizon`."""
     reach = [t.horizon(s) for t, s in zip(cache.transforms, cache.state)]
     return jnp.min(jnp.stack(reach), 0)
+
+
+def tokens_held(cache: Cache) -> int:
+    """Tokens held now, summed over layers, rows and key-value heads (concrete)."""
+    return int(sum(t.tokens(state) for t, state in zip(cache.transforms, cache.state)))
 
 
 def nbytes(tree: Any) -> int:

@@ -12,7 +12,7 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.attention import attend_slots
-from kvjax.cache.stage import FOREVER, Column, Commit, Stage, Statistic, observe_slots
+from kvjax.cache.stage import FOREVER, Column, Commit, Stage, Statistic, observe_slots, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, pytree
 
 
@@ -82,7 +82,8 @@ class Chain:
 
     def init(self, spec: Spec) -> Any:
         """State before a prompt of at most `spec.prompt` tokens (0: none, ready for tokens)."""
-        spec = spec.replace(unrotated=self.unrotated)
+        whole = spec.whole_prompt or spec.prompt
+        spec = spec.replace(unrotated=self.unrotated, whole_prompt=whole)
         ready = self._init_stages(spec)  # raises whatever is wrong with the sizes, early
         if self.streaming or spec.prompt == 0:
             return ready
@@ -177,7 +178,8 @@ class Chain:
         def flow(rest: tuple) -> tuple:
             return self._push(place + 1, rest, over, context)
 
-        if leaves is True or kv.size > buffer.FEW:
+        if leaves is True or kv.size > buffer.FEW or context.stats:
+            # A finished prompt passes every stage: some fit themselves to it.
             return (own, *flow(state[1:]))
         # Most single tokens move nothing: branch once, outside of all layers and rows. A stage's
         # own state stays outside: what a branch both reads and writes would be copied.
@@ -201,6 +203,12 @@ class Chain:
             return state.seen[0, :, 0]
         batch = [stage.held(own) for stage, own in zip(self.stages, state) if own is not None]
         return sum(batch[1:], batch[0])
+
+    def tokens(self, state: Any) -> Array:
+        """Tokens held, summed over layers, rows and key-value heads: int32 scalar."""
+        if isinstance(state, Pending):
+            return total(state.seen, state.spec)
+        return sum(s.tokens(own) for s, own in zip(self.stages, state) if own is not None)
 
     def horizon(self, state: Any) -> Array:
         """How many tokens may be committed in one go so that each was computed from what plain

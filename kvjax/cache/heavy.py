@@ -11,6 +11,7 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.scores import Score, rank
+from kvjax.cache.share import Share, tokens_of
 from kvjax.cache.stage import FOREVER, Column, Commit, least
 from kvjax.cache.stages import Slots, SlotStage
 from kvjax.cache.types import KV, Spec
@@ -86,7 +87,7 @@ def nearest(threshold: float = 0.5) -> Absorb:
 
 @dataclasses.dataclass(frozen=True)
 class Heavy(SlotStage):
-    n: int
+    n: int | Share
     score: Score
     recent: int = 0
     absorb: Absorb | None = None
@@ -99,9 +100,9 @@ class Heavy(SlotStage):
                 f"heavy(codec={self.codec}): merging, and scores that compare tokens, need exact "
                 "keys; leave out the codec, absorb or the score"
             )
-        if self.n < 1:
+        if not isinstance(self.n, Share) and self.n < 1:
             raise ValueError(f"heavy(n={self.n}): n must be at least 1")
-        if not 0 <= self.recent <= self.n:
+        if self.recent < 0 or (not isinstance(self.n, Share) and self.recent > self.n):
             raise ValueError(
                 f"heavy(n={self.n}, recent={self.recent}): the recent tokens are among the n"
             )
@@ -139,18 +140,22 @@ class Heavy(SlotStage):
             per_layer=spec.per_layer or self.score.per_layer,
             per_head=spec.per_head or self.score.per_head,
         )
-        return self._empty(spec, min(self.n, spec.max_length), extra)
+        n = tokens_of(self.n, spec)
+        if self.recent > n:
+            raise ValueError(f"heavy(n={n}, recent={self.recent}): the recent are among the n")
+        return self._empty(spec, min(n, spec.max_length), extra)
 
     def downstream(self, spec: Spec) -> Spec | None:
-        if spec.max_length <= self.n:
+        n = tokens_of(self.n, spec)
+        if spec.max_length <= n:
             return None
-        return spec.less(self.n).replace(
+        return spec.less(n).replace(
             per_layer=spec.per_layer or self.score.per_layer,
             per_head=spec.per_head or self.score.per_head,
         )
 
     def releases(self, state: Slots, kv: KV) -> Array:
-        return jnp.any(state.seen + kv.count > self.n)
+        return jnp.any(state.seen + kv.count > tokens_of(self.n, state.spec))
 
     def _value(self, kv: KV, context: Commit, unrotated: bool) -> Array:
         if self._local:
@@ -232,21 +237,22 @@ class Heavy(SlotStage):
         return stay, lose
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:
-        reach = self.n - jnp.minimum(least(state.seen), self.n) + 1
+        n = tokens_of(self.n, state.spec)
+        reach = n - jnp.minimum(least(state.seen), n) + 1
         if self.downstream(state.spec) is None:
             reach = jnp.full_like(reach, FOREVER)
         return (jnp.ones_like(reach) if self._recodes(state.spec) else reach), True
 
 
 def heavy(
-    n: int, score: Score, recent: int = 0, absorb: Absorb | None = None, codec: Any = None
+    n: int | Share, score: Score, recent: int = 0, absorb: Absorb | None = None, codec: Any = None
 ) -> SlotStage:
     """The best n tokens by `score`, exactly; the others flow on.
 
     A single new token replaces the worst held one in place; a bulk competes with all held.
 
     Args:
-      n: tokens held per row and head.
+      n: tokens held per row and head, or a `share` of the prompt.
       score: how much a token is worth; one that new tokens can be given.
       recent: of the n, the tokens at the newest `recent` positions always stay.
       absorb: merging rule for those that lose their place, such as `nearest(0.5)`.

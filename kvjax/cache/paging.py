@@ -73,8 +73,8 @@ class Rectangle:
 
         Args:
           rows: positions of the query rows, int32 [B, H, R].
-          part: (read, mask, q, rows) -> Partial, where read(x, block) gives the arrays of the tokens at
-            hand, [.., N / block, ...], and mask [.., N] says which of them count.
+          part: (read, mask, q, rows) -> Partial, where read(x, block) gives the arrays of the
+            tokens at hand, [.., N / block, ...], and mask [.., N] says which of them count.
         """
 
         def block(start: Any, size: int, first: Any) -> Partial:
@@ -154,7 +154,12 @@ class Pool:
         lead = self.address.shape
         index = jnp.broadcast_to(index, (*lead, index.shape[3]))
         at = self.address[..., None] // block + index
-        at = jnp.where(index >= 0, at, x.shape[0])
+        # What a head has no room for is dropped, and never lands in its neighbour's pages.
+        page = jnp.minimum(at * block // self.page, self.owner.shape[0] - 1)
+        head = jnp.arange(lead[1] * lead[2]).reshape(1, *lead[1:], 1)
+        end = jnp.asarray(self.starts[1:]).reshape(-1, 1, 1, 1)
+        mine = (index >= 0) & (self.owner[page] == head) & (at * block < end)
+        at = jnp.where(mine, at, x.shape[0])
         rows = jnp.broadcast_to(rows, (*lead, *rows.shape[3:]))
         rows = rows.reshape(-1, *rows.shape[4:]).astype(x.dtype)
         return x.at[at.reshape(-1)].set(rows, mode="drop")

@@ -16,6 +16,8 @@ from kvjax.cache.scores import Score, rank
 from kvjax.cache.stage import FOREVER, Column, Commit, Stage, Statistic
 from kvjax.cache.types import KV, Query, Spec, pytree
 
+UNIFORM = uniform()
+
 
 @pytree("spec")
 class Stateless:
@@ -29,7 +31,7 @@ class Prune(Stage):
     score: Score
     n: int | None = None
     keep: Fraction | None = None
-    budget: Budget = Budget()
+    budget: Budget = UNIFORM
 
     @property
     def streaming(self) -> bool:
@@ -60,6 +62,14 @@ class Prune(Stage):
         ]
 
     def init(self, spec: Spec) -> Stateless:
+        kept, always = int(self.kept(np.asarray(spec.prompt))), self.score.always
+        if kept < min(always, spec.prompt):
+            size = f"n={self.n}" if self.keep is None else f"keep={float(self.keep):g}"
+            raise ValueError(
+                f"prune({size}) keeps {kept} of a prompt of {spec.prompt} tokens, but "
+                f"{self.score} always keeps {min(always, spec.prompt)}: keep more, or give the "
+                "score fewer such tokens"
+            )
         return Stateless(spec)
 
     def downstream(self, spec: Spec) -> Spec | None:
@@ -87,7 +97,10 @@ class Prune(Stage):
         value = jnp.broadcast_to(value, (*after.lead, kv.size))
         value = jnp.where(kv.pos >= 0, value, -jnp.inf)  # no votes for what is not there
         length = jnp.max(kv.count, (0, 2))
-        per_head = self.budget.layers(self.kept(length), length, spec.layers)
+        kept = jnp.maximum(self.kept(length), jnp.minimum(self.score.always, length))
+        per_head = self.budget.layers(kept, length, spec.layers)
+        # Room is made for a prompt of full length; a shorter one may ask a layer for more.
+        per_head = jnp.minimum(per_head, jnp.asarray(self._layers(spec))[:, None])
         number = self.budget.heads(value, per_head[: after.lead[0]])
         wins = (jnp.argsort(rank(value, kv), -1) < number[..., None]) & (kv.pos >= 0)
         kept, _ = buffer.compact(kv, wins)
@@ -127,4 +140,4 @@ def prune(
     if keep is not None and not 0 < keep <= 1:
         raise ValueError(f"prune(keep={keep}): a fraction of the prompt lies in (0, 1]")
     fraction = None if keep is None else Fraction(keep).limit_denominator(1000)
-    return Prune(score, n, fraction, uniform() if budget is None else budget)
+    return Prune(score, n, fraction, UNIFORM if budget is None else budget)

@@ -40,6 +40,11 @@ class Score:
         return True
 
     @property
+    def always(self) -> int:
+        """How many tokens of a prompt it keeps whatever they are worth (score +inf)."""
+        return 0
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         return ()
 
@@ -188,6 +193,10 @@ class WindowVote(Score):
         return not self.whole_layer
 
     @property
+    def always(self) -> int:
+        return self.window
+
+    @property
     def statistics(self) -> tuple[Statistic, ...]:
         return (LastRows(f"last_{self.window}_rows", self.window),)
 
@@ -315,6 +324,10 @@ class ExpectedAttention(Score):
             raise ValueError(f"sinks={self.sinks}: must be at least 0")
 
     @property
+    def always(self) -> int:
+        return self.sinks
+
+    @property
     def statistics(self) -> tuple[Statistic, ...]:
         return (QueryMoments(f"query_moments_{self.sinks}", self.sinks),)
 
@@ -414,6 +427,10 @@ class Recency(Score):
     @property
     def streaming(self) -> bool:
         return True
+
+    @property
+    def always(self) -> int:
+        return self.sinks
 
     @property
     def per_head(self) -> bool:

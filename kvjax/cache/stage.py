@@ -147,6 +147,10 @@ class Stage:
         """Tokens held per row, int32 [B]; the most over layers and heads."""
         raise NotImplementedError
 
+    def tokens(self, state: Any) -> Array | int:
+        """Tokens held, summed over layers, rows and key-value heads: int32 scalar."""
+        return 0
+
     def horizon(self, state: Any) -> tuple[Array, bool]:
         """(tokens, final). The commit of fewer than `tokens` [B] more changes neither what is
         visible here nor its form. `final`: whether tokens within the horizon stay here, so that
@@ -157,6 +161,11 @@ class Stage:
 def exact(codec: Codec, dtype: Any) -> bool:
     """Whether a codec gives back, bit for bit, what was stored in `dtype`."""
     return isinstance(codec, Dense) and codec.dtype in (None, jnp.dtype(dtype).name)
+
+
+def total(count: Array, spec: Spec) -> Array:
+    """Sum of [L or 1, B, H or 1] over all layers, rows and heads."""
+    return jnp.sum(jnp.broadcast_to(count, (spec.layers, spec.batch, spec.kv_heads)))
 
 
 def most(count: Array) -> Array:

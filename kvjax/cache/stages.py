@@ -12,7 +12,8 @@ from jax import Array
 from kvjax.cache import buffer
 from kvjax.cache.attention import attend_slots, dot_keys, dot_values
 from kvjax.cache.ring import Window, tree_gather, tree_write
-from kvjax.cache.stage import FOREVER, Commit, Stage, exact, least, most, observe_slots
+from kvjax.cache.share import Share, tokens_of
+from kvjax.cache.stage import FOREVER, Commit, Stage, exact, least, most, observe_slots, total
 from kvjax.cache.types import KV, Partial, Query, Spec, partial_attention, pytree, rotate
 from kvjax.codecs import as_pair
 
@@ -96,6 +97,9 @@ class SlotStage(Stage):
     def held(self, state: Slots) -> Array:
         return most(state.kv.count)
 
+    def tokens(self, state: Slots) -> Array:
+        return total(state.kv.count, state.spec)
+
     def _read(self, state: Slots, layer: Array, query: Query, **how: Any) -> Partial:
         return attend_slots(
             state.kv, layer, query, unrotated=state.spec.unrotated, pair=self._pair(), **how
@@ -108,22 +112,23 @@ class SlotStage(Stage):
 
 @dataclasses.dataclass(frozen=True)
 class First(SlotStage):
-    n: int
+    n: int | Share
     positions: Literal["true", "slot"] = "true"
     codec: Any = None
 
     def __post_init__(self) -> None:
         self._pair()
-        if self.n < 0:
+        if not isinstance(self.n, Share) and self.n < 0:
             raise ValueError(f"first(n={self.n}): n must be at least 0")
         if self.positions not in ("true", "slot"):
             raise ValueError(f"first(positions={self.positions!r}): expected 'true' or 'slot'")
 
     def init(self, spec: Spec) -> Slots:
-        return self._empty(spec, min(self.n, spec.max_length))
+        return self._empty(spec, min(tokens_of(self.n, spec), spec.max_length))
 
     def downstream(self, spec: Spec) -> Spec | None:
-        return spec.less(self.n) if spec.max_length > self.n else None
+        n = tokens_of(self.n, spec)
+        return spec.less(n) if spec.max_length > n else None
 
     def attend(self, state: Slots, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
         q = None
@@ -133,7 +138,7 @@ class First(SlotStage):
         return self._read(state, layer, query, q=q), carry
 
     def releases(self, state: Slots, kv: KV) -> Array:
-        return jnp.any(state.seen + kv.count > self.n)
+        return jnp.any(state.seen + kv.count > tokens_of(self.n, state.spec))
 
     def commit(self, state: Slots, kv: KV, context: Commit) -> tuple[Slots, KV]:
         slots = state.kv.size
@@ -148,11 +153,11 @@ class First(SlotStage):
         return reach, self.downstream(state.spec) is None
 
 
-def first(n: int, positions: Literal["true", "slot"] = "true", codec: Any = None) -> First:
+def first(n: int | Share, positions: Literal["true", "slot"] = "true", codec: Any = None) -> First:
     """The first n tokens that arrive, exactly; all later ones flow on.
 
     Args:
-      n: tokens kept per row.
+      n: tokens kept per row, or a `share` of the prompt.
       positions: "true": keys are read at their positions. "slot": the query is read as if the
         tokens that the chain no longer holds had never been, so that distances count held tokens
         only (StreamingLLM, arXiv 2309.17453).
@@ -166,28 +171,29 @@ def first(n: int, positions: Literal["true", "slot"] = "true", codec: Any = None
 
 @dataclasses.dataclass(frozen=True)
 class Recent(SlotStage):
-    n: int
+    n: int | Share
     release: int = 1
     codec: Any = None
 
     def __post_init__(self) -> None:
-        if self.n < 1:
+        if not isinstance(self.n, Share) and self.n < 1:
             raise ValueError(f"recent(n={self.n}): n must be at least 1")
-        Window(self.n, self.release)
+        Window(1, self.release)
         self._pair()
 
     def _keeps_all(self, spec: Spec) -> bool:
-        return spec.max_length < self.n + self.release
+        return spec.max_length < tokens_of(self.n, spec) + self.release
 
     def _window(self, spec: Spec) -> Window:
         # A window that can never be full needs no room for tokens about to leave.
-        return Window(spec.max_length) if self._keeps_all(spec) else Window(self.n, self.release)
+        n = tokens_of(self.n, spec)
+        return Window(spec.max_length) if self._keeps_all(spec) else Window(n, self.release)
 
     def init(self, spec: Spec) -> Slots:
         return self._empty(spec, self._window(spec).capacity)
 
     def downstream(self, spec: Spec) -> Spec | None:
-        return None if self._keeps_all(spec) else spec.less(self.n)
+        return None if self._keeps_all(spec) else spec.less(tokens_of(self.n, spec))
 
     def releases(self, state: Slots, kv: KV) -> Array:
         window = self._window(state.spec)
@@ -222,13 +228,13 @@ class Recent(SlotStage):
         return (jnp.ones_like(reach) if self._recodes(state.spec) else reach), True
 
 
-def recent(n: int, release: int = 1, codec: Any = None) -> Recent:
+def recent(n: int | Share, release: int = 1, codec: Any = None) -> Recent:
     """The newest n tokens exactly; older ones flow on, `release` at a time.
 
     Holds up to n + release - 1 tokens per row, in a ring: nothing is ever shifted.
 
     Args:
-      n: tokens always held, at least 1.
+      n: tokens always held, at least 1, or a `share` of the prompt.
       release: how many leave together, oldest first (a group for a codec that needs one).
       codec: per-token codec, or per_kv of two; None: exact.
     """

@@ -14,7 +14,7 @@ from kvjax.cache import buffer
 from kvjax.cache.attention import dot_keys, dot_values
 from kvjax.cache.paging import Pool, Rectangle, per_layer
 from kvjax.cache.ring import Window
-from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most
+from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
 from kvjax.codecs import Codec, PerKV, as_pair, dense
 
@@ -145,6 +145,11 @@ class Store(Stage):
         if spec.totals is not None:
             if self.reader is not None:
                 raise ValueError("store(reader=...) needs heads of equal budget, not a ragged one")
+            if any(c.constants_spec(spec.width) for c in (self.codec.k, self.codec.v)):
+                raise ValueError(
+                    f"store(codec={self.codec}): a codec with constants needs heads of equal "
+                    "budget, not a ragged one"
+                )
             place: Rectangle | Pool = Pool.init(spec, length, self.unit)
             slots = [place.slots, place.slots]
             tokens = place.slots
@@ -162,15 +167,17 @@ class Store(Stage):
             jnp.zeros((*head, min(w.capacity, length), spec.width), spec.dtype)
             for w in (self.keys, self.values)
         )
-        seen = (spec.layers, spec.batch, spec.kv_heads) if spec.totals is not None else spec.lead
+        seen = head if spec.totals is not None else spec.lead
+        index = None
+        if self.reader is not None:
+            index = self.reader.init(spec, place.slots // self.reader.page)
         return Stored(
             jnp.zeros(seen, jnp.int32),
             jnp.full((*place.pos_lead(spec), tokens), -1, jnp.int32),
             {name: jnp.zeros((*lead, tokens), jnp.float32) for name in spec.columns},
             k, v, *rings, place,
             {} if self.fit is None else self.fit.init(spec),
-            None if self.reader is None else self.reader.init(spec, place.slots // self.reader.page),
-            spec,
+            index, spec,
         )  # fmt: skip
 
     def downstream(self, spec: Spec) -> None:
@@ -191,9 +198,9 @@ class Store(Stage):
             state = state.replace(place=place)
         seen = state.seen
         arrived = jnp.broadcast_to(kv.count, seen.shape)
-        total = seen + arrived
+        after = seen + arrived
         number = seen[..., None] + jnp.arange(kv.size, dtype=jnp.int32)
-        number = jnp.where(number < total[..., None], number, -1)
+        number = jnp.where(number < after[..., None], number, -1)
         pos = jnp.broadcast_to(kv.pos, (*seen.shape, kv.size))
         extra = {
             name: place.write(x, number, buffer.column(kv, name)) for name, x in state.extra.items()
@@ -206,7 +213,7 @@ class Store(Stage):
         )
         index = state.index
         state = state.replace(
-            seen=total, pos=place.write(state.pos, number, pos), extra=extra,
+            seen=after, pos=place.write(state.pos, number, pos), extra=extra,
             k=k, v=v, k_ring=k_ring, v_ring=v_ring,
         )  # fmt: skip
         if self.reader is not None:
@@ -422,6 +429,9 @@ class Store(Stage):
 
     def held(self, state: Stored) -> Array:
         return most(state.seen)
+
+    def tokens(self, state: Stored) -> Array:
+        return total(state.seen, state.spec)
 
     def horizon(self, state: Stored) -> tuple[Array, bool]:
         reach = jnp.full(state.seen.shape[1:2], FOREVER)

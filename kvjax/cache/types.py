@@ -272,6 +272,7 @@ class Spec:
       layers, batch, heads, kv_heads, width: L, B, Hq, H, D of the tokens to come.
       max_length: the most tokens per row (and head) that can ever arrive.
       prompt: the most of these that arrive in the one bulk commit of a prompt; 0: none.
+      whole_prompt: the same at the front of the chain, for sizes given as a part of it.
       dtype: of exact keys and values.
       columns: names of the columns that tokens must carry here.
       per_layer, per_head: whether layers (heads) may hold different tokens here.
@@ -287,6 +288,7 @@ class Spec:
     width: int
     max_length: int
     prompt: int = 0
+    whole_prompt: int = 0
     dtype: Any = jnp.float32
     columns: tuple[str, ...] = ()
     per_layer: bool = False

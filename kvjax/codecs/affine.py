@@ -20,6 +20,7 @@ class Quantize(Codec):
     group: int | None = None
     symmetric: bool = False
     scale_dtype: str = "float16"
+    parts: int = 1
 
     def __post_init__(self):
         if not isinstance(self.code_bits, int) or not 1 <= self.code_bits <= 8:
@@ -29,6 +30,11 @@ class Quantize(Codec):
         if self.symmetric and self.code_bits == 1:
             raise ValueError("bits is 1: symmetric codes need at least 2 (zero is one of them)")
         object.__setattr__(self, "scale_dtype", float_name("scale_dtype", self.scale_dtype))
+        if self.parts < 1 or (self.parts > 1 and (self.group or self.axis == "channel")):
+            raise ValueError(
+                f"parts is {self.parts}: expected at least 1, and more only for axis 'token' "
+                "without a group"
+            )
         if self.axis == "channel" and self.group is None:
             object.__setattr__(self, "group", 32)
         if self.group is not None and (self.group < 1 or self.group % quantum(self.code_bits)):
@@ -45,10 +51,10 @@ class Quantize(Codec):
         super().check(width)
         if self.axis == "channel":
             return
-        if self.group is None and width % quantum(self.code_bits):
+        if self.group is None and width % (self.parts * quantum(self.code_bits)):
             raise ValueError(
-                f"width is {width}: at {self.code_bits} bits a head must have a multiple of "
-                f"{quantum(self.code_bits)} channels"
+                f"width is {width}: at {self.code_bits} bits in {self.parts} groups a head must "
+                f"have a multiple of {self.parts * quantum(self.code_bits)} channels"
             )
         if self.group is not None and width % self.group:
             raise ValueError(f"group is {self.group}: it must divide the head size, {width}")
@@ -135,7 +141,7 @@ class Quantize(Codec):
         Token groups lie within one token: one that is not valid is all zeros already.
         """
         if self.axis == "token":
-            group = self.group or x.shape[-1]
+            group = self.group or x.shape[-1] // self.parts
             return x.reshape(*x.shape[:-1], x.shape[-1] // group, group), None
         valid = valid if valid is None else units(valid[..., None], self.group)
         return units(x, self.group), valid
@@ -170,6 +176,7 @@ def quantize(
     group: int | None = None,
     symmetric: bool = False,
     scale_dtype="float16",
+    parts: int = 1,
 ) -> Quantize:
     """Uniform quantisation of groups of values to `bits` bits each.
 
@@ -186,6 +193,7 @@ def quantize(
         "channel": one channel of `group` consecutive tokens (None: 32), which is then the block.
       group: length of a group; packing needs a multiple of 8 / (the lowest power of two in `bits`).
       symmetric: see above.
+      parts: in place of `group`, for "token": into how many equal groups a head is split.
       scale_dtype: of s and m. float16 holds 6e-8 to 65504: beyond it s and m saturate (the values
         are clipped, never inf), below it a group counts as without range. Data with larger values
         wants "float32" or "bfloat16".
@@ -202,4 +210,4 @@ def quantize(
     >>> quantize(2, axis="channel", group=32).bits(64)
     3.0
     """
-    return Quantize(bits, axis, group, symmetric, scale_dtype)
+    return Quantize(bits, axis, group, symmetric, scale_dtype, parts)

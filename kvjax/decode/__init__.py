@@ -3,11 +3,13 @@
 from kvjax.decode.loop import Generation, extend, generate, positions_of, prefill, score
 from kvjax.decode.process import Processor, host_mask, processors, repetition_penalty
 from kvjax.decode.sample import Sampler, greedy
+from kvjax.decode.text import complete, stream
 
 __all__ = [
     "Generation",
     "Processor",
     "Sampler",
+    "complete",
     "extend",
     "generate",
     "greedy",
@@ -17,4 +19,5 @@ __all__ = [
     "processors",
     "repetition_penalty",
     "score",
+    "stream",
 ]

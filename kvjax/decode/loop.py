@@ -14,7 +14,7 @@ from kvjax.cache import Cache, Chain, Stage, commit, finish, init_cache
 from kvjax.cache.types import pytree
 from kvjax.decode.process import Processor, processors
 from kvjax.decode.sample import Sampler
-from kvjax.models.forward import forward
+from kvjax.models.decoder import forward
 from kvjax.models.llama import Model
 
 
@@ -56,7 +56,7 @@ def _extend(
     return out, _apart(cache)[0]
 
 
-@functools.partial(jax.jit, donate_argnames=("moving",))
+@jax.jit
 def _finish(moving: Any, rest: Cache) -> Any:
     return _apart(finish(_whole(moving, rest)))[0]
 
@@ -321,22 +321,31 @@ def _score(
 
 
 def score(
-    model: Model, cache: Cache, logits: Array, tokens: Array, *, keep_logits: bool = False
-) -> tuple[Array, Array | None, Cache]:
+    model: Model,
+    cache: Cache,
+    logits: Array,
+    tokens: Array,
+    *,
+    keep_logits: bool = False,
+    next_logits: bool = False,
+) -> tuple:
     """Log-likelihood of given tokens, fed one by one through the (compressed) cache.
 
     Args:
       cache, logits: from `prefill`; the logits predict the first token.
       tokens: int32 [B, N], -1: padding at the end of a row.
       keep_logits: return the logits that predicted each token.
+      next_logits: return those of what comes next too, to go on from there.
 
     Returns:
-      (log-probabilities float32 [B, N], 0 at padding; logits float32 [B, N, V] or None; cache).
+      (log-probabilities float32 [B, N], 0 at padding; logits float32 [B, N, V] or None; cache),
+      and the next logits [B, V] where asked for.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     _check_room(cache, tokens.shape[1])
     moving, rest = _apart(cache)
-    logprobs, before, _, moving = _score(
+    logprobs, before, after, moving = _score(
         model, moving, rest, logits.astype(jnp.float32), tokens, keep_logits
     )
-    return logprobs, before, _whole(moving, rest)
+    cache = _whole(moving, rest)
+    return (logprobs, before, cache, after) if next_logits else (logprobs, before, cache)

@@ -6,6 +6,7 @@ import importlib
 
 # Where each public name lives. Imported at first use: a tokenizer need not wait for orbax.
 _HOMES = {
+    "forward": "decoder",
     "CheckpointError": "errors",
     "Config": "config",
     "Model": "llama",

@@ -1,6 +1,6 @@
 """The Llama family: modules that hold parameters only, layers stacked on a leading axis.
 
-The forward pass that reads them is `kvjax.models.forward`.
+The forward pass that reads them is `kvjax.models.decoder`.
 """
 
 from __future__ import annotations

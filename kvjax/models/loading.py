@@ -18,6 +18,7 @@ from kvjax.models.weights import Sharding
 
 EMBEDDED = "smollm2-135m"
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_COPIES = ["consolidated*", "original/*"]  # the same weights in the maker's own layout
 
 
 def load(
@@ -78,4 +79,8 @@ def _from_hub(name: str) -> pathlib.Path:
             f"{name!r} is no file or folder here; to fetch it from Hugging Face: "
             "pip install 'kvjax[hub]'"
         ) from None
-    return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    return pathlib.Path(
+        huggingface_hub.snapshot_download(
+            name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES
+        )
+    )

@@ -43,7 +43,7 @@ STAGES = (
     lambda: heavy(3, accumulated_attention()),
     lambda: heavy(3, newest_attention(whole_layer=False), recent=1),
     lambda: heavy(3, key_norm(), absorb=nearest(0.25)),
-    lambda: prune(keep=0.3, score=window_attention(4)),
+    lambda: prune(keep=0.5, score=window_attention(4)),
     lambda: prune(5, window_attention(4), budget=adaptive(0.5, 4, pyramid(2.0, 4))),
     lambda: prune(5, key_norm(), budget=uniform()),
     lambda: prefix("shared"),

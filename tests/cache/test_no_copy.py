@@ -35,7 +35,7 @@ from kvjax.cache import (
 from kvjax.codecs import per_kv, quantize
 from kvjax.models import llama
 from kvjax.models.config import Config
-from kvjax.models.forward import forward
+from kvjax.models.decoder import forward
 
 CONFIG = Config(64, 64, 64, 4, 4, 4, 64)
 CAPACITY = 8192

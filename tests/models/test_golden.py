@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvjax.cache import chain, commit, finish, init_cache, store
-from kvjax.models.forward import forward
+from kvjax.models.decoder import forward
 from kvjax.models.huggingface import load_pretrained
 from tests import golden
 

@@ -73,7 +73,7 @@ def test_hub_name(tmp_path, model, monkeypatch):
     save_pretrained(model, tmp_path / "hf")
     asked = []
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, ignore_patterns):
         asked.append((name, allow_patterns))
         return str(tmp_path / "hf")
 

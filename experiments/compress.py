@@ -1,0 +1,370 @@
+"""The main job: KV-cache methods side by side on a real model and real text.
+
+    python -m experiments.compress --methods='dense; snapkv(keep=0.25); kivi(bits=2)'
+
+One exact prefill per prompt is computed, and what it returned is committed under every method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import traceback
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax import Array
+from ml_collections import config_flags
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from experiments import common, report
+from kvjax import cache as kv
+from kvjax.compress import parse
+from kvjax.decode import extend, generate, positions_of, score
+from kvjax.decode.loop import _apart, _whole
+from kvjax.evaluate import agreement, found, load_text, needles, samples
+from kvjax.models import forward, load
+
+METHODS = (
+    "dense; streaming_llm(keep=0.25); h2o(keep=0.25); tova(keep=0.25); snapkv(keep=0.25); "
+    "pyramidkv(keep=0.25); adakv(keep=0.25); expected_attention(keep=0.25); keydiff(keep=0.25); "
+    "knorm(keep=0.25); kivi(bits=4); kivi(bits=2); gear(bits=2); mikv; "
+    "snapkv(keep=0.5, storage=kivi(bits=4))"
+)
+
+config_flags.DEFINE_config_file("config", None, "An ml_collections file; flags given win over it.")
+flags.DEFINE_string("model", "smollm2-135m", "Name or path for kvjax.load.")
+flags.DEFINE_string("methods", METHODS, "Expressions separated by semicolons.")
+flags.DEFINE_string("text", "", "A UTF-8 text file; empty: the Python language reference.")
+flags.DEFINE_integer("context", 1024, "Tokens of context per sample.", lower_bound=64)
+flags.DEFINE_integer("continuation", 256, "Tokens scored after it.", lower_bound=16)
+flags.DEFINE_list("offsets", ["1000", "21000", "41000", "61000"], "First token of each sample.")
+flags.DEFINE_integer("needles", 8, "Needle prompts per length; 0: none.", lower_bound=0)
+flags.DEFINE_list("needle_lengths", ["1024", "2048"], "Tokens per needle prompt.")
+flags.DEFINE_list(
+    "needle_modes",
+    ["aware", "agnostic"],
+    "aware: the question is part of the prompt that is compressed. agnostic: it comes afterwards.",
+)
+flags.DEFINE_integer("rounds", 3, "Interleaved timing rounds per method.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Of the needles.")
+flags.DEFINE_string("dtype", "float32", "Of parameters and exact keys and values.")
+flags.DEFINE_string("out", "results/compress", "Folder for results.json, pareto.png, report.html.")
+flags.DEFINE_bool("compile_cache", False, "Keep compiled programs in the user's cache folder.")
+FLAGS = flags.FLAGS
+
+COLUMNS = {
+    "method": "method",
+    "perplexity": "ppl|.2f",
+    "kl": "KL|.4f",
+    "top1_agreement": "top-1|.1%",
+    "needle_accuracy": "needles|.0%",
+    "needle_accuracy_agnostic": "agnostic|.0%",
+    "bytes_per_token": "bytes/tok|,.0f",
+    "bits_per_value": "bits/val|.2f",
+    "prefill_tokens_per_second": "prefill/s|.0f",
+    "decode_tokens_per_second": "decode/s|.1f",
+    "decode_ratio_to_dense": "x dense|.2f",
+}
+SEGMENT = 64  # tokens per scoring call, also the unit of timing
+ANSWER = 8  # tokens decoded per needle
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """An exact prefill: what every method is given.
+
+    Attributes:
+      new: keys, values and statistics of all rows. logits: [B, V] of the last row.
+      batch, time: its size. seconds: of the second run.
+    """
+
+    new: Any
+    logits: Array
+    batch: int
+    time: int
+    seconds: float
+
+
+@functools.partial(jax.jit, static_argnames=("statistics",))
+def _forward(model: Any, tokens: Array, positions: Array, statistics: bool) -> Any:
+    logits, new = forward(
+        model, tokens, positions, phase="prefill", logits="last", statistics=statistics
+    )
+    return logits[:, 0], new
+
+
+@jax.jit
+def _commit(moving: Any, rest: Any, new: Any) -> Any:
+    return _apart(kv.finish(kv.commit(_whole(moving, rest), new, phase="prefill")))[0]
+
+
+def exact_prefill(model: Any, tokens: Array, timed: bool) -> Exact:
+    positions = positions_of(tokens)
+    seconds = 0.0
+    for _ in range(2 if timed else 1):
+        start = time.perf_counter()
+        logits, new = jax.block_until_ready(_forward(model, tokens, positions, True))
+        seconds = time.perf_counter() - start
+    return Exact(new, logits, *tokens.shape, seconds)
+
+
+def compressed(config: Any, exact: Exact, chain: Any, room: int, dtype: Any) -> tuple[Any, float]:
+    """The cache of a method after an exact prefill; seconds that commit and finish took."""
+    cache = kv.init_cache(
+        config, chain, exact.batch, exact.time + room, prompt=exact.time, dtype=dtype
+    )
+    moving, rest = _apart(cache)
+    seconds = 0.0
+    for _ in range(2):  # the first call compiles
+        start = time.perf_counter()
+        out = jax.block_until_ready(_commit(moving, rest, exact.new))
+        seconds = time.perf_counter() - start
+    return _whole(out, rest), seconds
+
+
+def join(a: Any, b: Any) -> Any:
+    """Two results of `forward`, the rows of the one after those of the other."""
+    axis = lambda n: lambda x, y: jnp.concatenate([x, y], n)  # noqa: E731
+    cat = axis(3)
+    rows = kv.KV(cat(a.kv.k, b.kv.k), cat(a.kv.v, b.kv.v), cat(a.kv.pos, b.kv.pos))
+    seen = kv.Observation(
+        cat(a.seen.q, b.seen.q), cat(a.seen.max, b.seen.max), cat(a.seen.sum, b.seen.sum),
+        axis(1)(a.seen.pos, b.seen.pos), a.seen.span,
+    )  # fmt: skip
+    return kv.New(rows, seen)
+
+
+class Job:
+    """The prompts and their exact prefills, and the dense run that methods are compared with."""
+
+    def __init__(self, settings: dict[str, Any], methods: list[tuple[str, Any]]):
+        self.settings = settings
+        self.dtype = jnp.dtype(settings["dtype"])
+        self.model, self.tokenizer = load(settings["model"], dtype=self.dtype)
+        self.config = self.model.config
+        check(methods, self.config, settings)
+        text = load_text(settings["text"])
+        context, more = settings["context"], settings["continuation"]
+        windows = samples(text, self.tokenizer, settings["offsets"], context + more)
+        self.continuation = jnp.asarray(windows[:, context:])
+        self.exact = exact_prefill(self.model, jnp.asarray(windows[:, :context]), timed=True)
+        self.dense_cache: Any = None
+        self.dense_logits: Array | None = None
+        prompts = [
+            needle
+            for length in settings["needle_lengths"]
+            for needle in needles(
+                text, self.tokenizer, length, settings["needles"], settings["seed"]
+            )
+        ]
+        # Prompts of one length make one batch.
+        self.needles = [
+            [n for n in prompts if len(n.context) == length]
+            for length in settings["needle_lengths"]
+        ]
+        self.needles = [batch for batch in self.needles if batch]
+        self.needle_exact: list[tuple[Exact, Any, Array]] = []
+        for batch in self.needles:
+            tokens = jnp.asarray([n.context for n in batch])
+            exact = exact_prefill(self.model, tokens, timed=False)
+            question = jnp.asarray([n.question for n in batch])
+            self.needle_exact.append((exact, *self._question(exact, question)))
+
+    def _question(self, exact: Exact, question: Array) -> tuple[Any, Array]:
+        """The question's rows, computed exactly after the context: (new, logits [B, V])."""
+        cache = kv.init_cache(
+            self.config, kv.chain(kv.store()), exact.batch, exact.time + question.shape[1],
+            prompt=exact.time, dtype=self.dtype,
+        )  # fmt: skip
+        cache = kv.commit(cache, exact.new, phase="prefill")
+        positions = positions_of(question) + exact.time
+        logits, new = jax.jit(
+            functools.partial(forward, logits="last", statistics=True, phase="append")
+        )(self.model, question, positions, cache)
+        return join(exact.new, new), logits[:, 0]
+
+    def run(self, label: str, chain: Any, progress: Any) -> dict[str, Any]:
+        """All figures of one method."""
+        row: dict[str, Any] = {"method": label}
+        row |= self.quality(chain, label == "dense")
+        progress()
+        if self.needles:
+            row |= self.needle_test(chain)
+        progress()
+        row |= self.speed(chain)
+        progress()
+        return row
+
+    def quality(self, chain: Any, dense: bool) -> dict[str, Any]:
+        more = self.continuation.shape[1]
+        cache, seconds = compressed(self.config, self.exact, chain, more, self.dtype)
+        logits = self.exact.logits
+        size = kv.nbytes(cache)
+        logprobs, kept = [], []
+        for start in range(0, more, SEGMENT):
+            part = self.continuation[:, start : start + SEGMENT]
+            own, before, cache, logits = score(
+                self.model, cache, logits, part, keep_logits=True, next_logits=True
+            )
+            logprobs.append(own)
+            kept.append(before)
+        nll = -float(jnp.mean(jnp.concatenate(logprobs, 1)))
+        kept = jnp.concatenate(kept, 1)
+        if dense:
+            self.dense_logits = kept
+        divergence, same = agreement(kept, self.dense_logits)
+        values = 2 * self.config.head_dim * kv.tokens_held(cache)
+        prompt_tokens = self.exact.batch * self.exact.time
+        return {
+            "nll": nll,
+            "perplexity": float(np.exp(nll)),
+            "kl": float(jnp.mean(divergence)),
+            "top1_agreement": float(jnp.mean(same)),
+            "cache_bytes": size,
+            "bytes_per_token": size / (self.exact.batch * (self.exact.time + more)),
+            "bits_per_value": 8 * size / values,
+            "prefill_tokens_per_second": prompt_tokens / (self.exact.seconds + seconds),
+        }
+
+    def needle_test(self, chain: Any) -> dict[str, Any]:
+        hits: dict[str, list[bool]] = {mode: [] for mode in self.settings["needle_modes"]}
+        for batch, (exact, whole, logits) in zip(self.needles, self.needle_exact):
+            question = jnp.asarray([n.question for n in batch])
+            asked = question.shape[1]
+            if "aware" in hits:
+                both = dataclasses.replace(exact, new=whole, logits=logits, time=exact.time + asked)
+                cache, _ = compressed(self.config, both, chain, ANSWER, self.dtype)
+                hits["aware"] += self._answers(cache, logits, batch)
+            if "agnostic" in hits:
+                cache, _ = compressed(self.config, exact, chain, asked + ANSWER, self.dtype)
+                positions = positions_of(question) + exact.time
+                after, cache = extend(self.model, cache, question, positions, phase="append")
+                hits["agnostic"] += self._answers(cache, after, batch)
+        names = {"aware": "needle_accuracy", "agnostic": "needle_accuracy_agnostic"}
+        return {names[mode]: float(np.mean(found)) for mode, found in hits.items()}
+
+    def _answers(self, cache: Any, logits: Array, batch: Any) -> list[bool]:
+        out = generate(self.model, cache, logits, ANSWER, stop=(), donate=True)
+        texts = self.tokenizer.decode_batch(np.asarray(out.tokens))
+        return [found(needle.answer, text) for needle, text in zip(batch, texts)]
+
+    def speed(self, chain: Any) -> dict[str, Any]:
+        """Decode speed, rounds of this method and of dense by turns."""
+        more = self.continuation.shape[1]
+        part = self.continuation[:, :SEGMENT]
+        own, _ = compressed(self.config, self.exact, chain, more, self.dtype)
+        if self.dense_cache is None:
+            dense = kv.chain(kv.store())
+            self.dense_cache, _ = compressed(self.config, self.exact, dense, more, self.dtype)
+
+        def run(cache: Any) -> float:
+            start = time.perf_counter()
+            out = score(self.model, cache, self.exact.logits, part, keep_logits=True)
+            jax.block_until_ready(out[0])
+            return time.perf_counter() - start
+
+        pairs = [(run(self.dense_cache), run(own)) for _ in range(self.settings["rounds"])]
+        tokens = part.size
+        return {
+            "decode_tokens_per_second": float(np.median([tokens / mine for _, mine in pairs])),
+            "decode_ratio_to_dense": float(np.median([base / mine for base, mine in pairs])),
+        }
+
+
+def settings_of(values: Any) -> dict[str, Any]:
+    """Flags, with what a config file says in place of those not given on the command line."""
+    names = (
+        "model", "text", "context", "continuation", "offsets", "needles", "needle_lengths",
+        "needle_modes", "rounds", "seed", "dtype",
+    )  # fmt: skip
+    chosen = {name: _setting(values, name) for name in names}
+    for name in ("offsets", "needle_lengths"):
+        chosen[name] = [int(x) for x in chosen[name]]
+    chosen["needle_modes"] = list(chosen["needle_modes"])
+    unknown = set(chosen["needle_modes"]) - {"aware", "agnostic"}
+    if unknown:
+        raise ValueError(f"needle_modes={sorted(unknown)}: expected 'aware' and 'agnostic'")
+    return chosen
+
+
+def _setting(values: Any, name: str) -> Any:
+    if values.config is not None and name in values.config and not values[name].present:
+        return values.config[name]
+    return values[name].value
+
+
+def check(methods: list[tuple[str, Any]], config: Any, settings: dict[str, Any]) -> None:
+    """Refuses methods that do not fit the model or the sizes, before anything is compiled."""
+    for label, chain in methods:
+        try:
+            jax.eval_shape(
+                lambda chain=chain: kv.init_cache(
+                    config, chain, len(settings["offsets"]),
+                    settings["context"] + settings["continuation"], prompt=settings["context"],
+                )
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    try:
+        settings = settings_of(FLAGS)
+        methods = parse(_setting(FLAGS, "methods"))
+        out = _setting(FLAGS, "out")
+        results = common.Results(out, settings)
+    except (ValueError, FileNotFoundError) as error:
+        raise app.UsageError(str(error)) from None
+    if methods[0][0] != "dense":
+        methods = [*parse("dense"), *(m for m in methods if m[0] != "dense")]
+    if FLAGS.compile_cache:
+        common.compile_cache()
+    order = [label for label, _ in methods]
+    todo = [m for m in methods if results.get(m[0]) is None]
+    if todo:
+        run(settings, methods, todo, results)
+    results.write(order)
+    rows = [r for r in results.rows if r["method"] in order]
+    common.table("KV-cache methods", COLUMNS, rows)
+    for row in rows:
+        if row.get("error"):
+            common.console.print(f"[red]{row['method']} failed[/]: {row['error']}", highlight=False)
+    paths = report.write(out, rows, results.settings, common.environment(), COLUMNS)
+    for path in (results.path, *paths):
+        common.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    if all(row.get("error") for row in rows):
+        raise SystemExit(1)
+
+
+def run(settings: Any, methods: Any, todo: Any, results: common.Results) -> None:
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=common.console) as progress:
+        task = progress.add_task("loading and exact prefill", total=1 + 3 * len(todo))
+        try:
+            job = Job(settings, methods)
+        except (ValueError, FileNotFoundError) as error:
+            raise app.UsageError(str(error)) from None
+        progress.advance(task)
+        if todo[0][0] != "dense":  # continued: the reference is needed again
+            job.quality(methods[0][1], dense=True)
+        for label, chain in todo:
+            progress.update(task, description=label)
+            try:
+                row = job.run(label, chain, lambda: progress.advance(task))
+            except Exception as error:  # one method's failure must not cost the others
+                if label == "dense":
+                    raise
+                row = {"method": label, "error": f"{type(error).__name__}: {error}"}
+                common.console.print(traceback.format_exc(), markup=False, highlight=False)
+            results.put(row)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,44 @@
+"""Published KV-cache methods, each a short expression in the cache's algebra.
+
+    from kvjax.compress import kivi, snapkv
+    cache = init_cache(config, snapkv(keep=0.5, storage=kivi(bits=4)), batch, max_length, prompt)
+
+Every function returns a chain, runs without arguments, and is known to `parse` by its name.
+"""
+
+from kvjax.compress.adakv import adakv
+from kvjax.compress.dense import dense
+from kvjax.compress.expected_attention import expected_attention
+from kvjax.compress.gear import gear
+from kvjax.compress.h2o import h2o
+from kvjax.compress.keydiff import keydiff
+from kvjax.compress.kivi import kivi
+from kvjax.compress.knorm import knorm
+from kvjax.compress.mikv import mikv
+from kvjax.compress.parse import METHODS, parse
+from kvjax.compress.pyramidkv import pyramidkv
+from kvjax.compress.random_eviction import random_eviction
+from kvjax.compress.rtn import rtn
+from kvjax.compress.snapkv import snapkv
+from kvjax.compress.streaming_llm import streaming_llm
+from kvjax.compress.tova import tova
+
+__all__ = [
+    "METHODS",
+    "adakv",
+    "dense",
+    "expected_attention",
+    "gear",
+    "h2o",
+    "keydiff",
+    "kivi",
+    "knorm",
+    "mikv",
+    "parse",
+    "pyramidkv",
+    "random_eviction",
+    "rtn",
+    "snapkv",
+    "streaming_llm",
+    "tova",
+]

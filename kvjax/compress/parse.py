@@ -1,0 +1,118 @@
+"""Methods by name: the expressions that command lines take."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from kvjax.cache import Chain
+from kvjax.compress.adakv import adakv
+from kvjax.compress.dense import dense
+from kvjax.compress.expected_attention import expected_attention
+from kvjax.compress.gear import gear
+from kvjax.compress.h2o import h2o
+from kvjax.compress.keydiff import keydiff
+from kvjax.compress.kivi import kivi
+from kvjax.compress.knorm import knorm
+from kvjax.compress.mikv import mikv
+from kvjax.compress.pyramidkv import pyramidkv
+from kvjax.compress.random_eviction import random_eviction
+from kvjax.compress.rtn import rtn
+from kvjax.compress.snapkv import snapkv
+from kvjax.compress.streaming_llm import streaming_llm
+from kvjax.compress.tova import tova
+
+METHODS: dict[str, Callable[..., Chain]] = {
+    f.__name__: f
+    for f in (
+        dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
+        expected_attention, keydiff, knorm, kivi, gear, mikv,
+    )
+}  # fmt: skip
+
+
+def parse(text: str) -> list[tuple[str, Chain]]:
+    """Methods written as in Python, separated by semicolons: [(label, chain), ...].
+
+    Method names (with or without parentheses), keyword arguments, literals, and further methods as
+    arguments; nothing is evaluated. The label is the expression in normal form.
+
+    Raises:
+      ValueError: syntax (with its place), unknown methods (with the nearest names), unknown
+        arguments (with those allowed), and whatever the method itself refuses.
+
+    >>> [label for label, _ in parse("dense; snapkv( keep=.5,storage=kivi(bits=4) )")]
+    ['dense', 'snapkv(keep=0.5, storage=kivi(bits=4))']
+    """
+    found = []
+    start = 0
+    for piece in text.split(";"):
+        if piece.strip():
+            found.append(_one(text, piece, start))
+        start += len(piece) + 1
+    if not found:
+        raise ValueError(f"methods={text!r}: expected at least one of {', '.join(METHODS)}")
+    return found
+
+
+def _one(text: str, piece: str, start: int) -> tuple[str, Chain]:
+    start += len(piece) - len(piece.lstrip())
+    try:
+        node = ast.parse(piece.strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        at = start + (getattr(error, "offset", None) or 1)
+        reason = getattr(error, "msg", None) or error
+        raise ValueError(f"methods={text!r}: {reason}, at character {at}") from None
+    where = _Place(text, start)
+    return ast.unparse(node), where.method(node)
+
+
+class _Place:
+    """Builds what a parsed expression says, and knows where in the text it stands."""
+
+    def __init__(self, text: str, start: int):
+        self.text, self.start = text, start
+
+    def method(self, node: ast.expr) -> Chain:
+        call = node if isinstance(node, ast.Call) else None
+        name = call.func if call else node
+        if not isinstance(name, ast.Name):
+            self.fail(node, "expected a method, such as snapkv(keep=0.25)")
+        if name.id not in METHODS:
+            near = difflib.get_close_matches(name.id, METHODS, 3, 0.4)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            self.fail(name, f"unknown method {name.id!r}; {hint}Known: {', '.join(METHODS)}")
+        function = METHODS[name.id]
+        allowed = list(inspect.signature(function).parameters)
+        given: dict[str, Any] = {}
+        for argument in call.args if call else ():
+            self.fail(
+                argument, f"{name.id} takes arguments by name: {', '.join(allowed) or 'none'}"
+            )
+        for argument in call.keywords if call else ():
+            if argument.arg not in allowed:
+                self.fail(
+                    argument,
+                    f"{name.id} has no argument {argument.arg or '**'!r}; "
+                    f"allowed: {', '.join(allowed) or 'none'}",
+                )
+            if argument.arg in given:
+                self.fail(argument, f"{name.id} is given {argument.arg!r} twice")
+            given[argument.arg] = self.value(argument.value)
+        try:
+            return function(**given)
+        except TypeError as error:  # a literal of a type that the method cannot compare
+            raise ValueError(f"methods={self.text!r}: {name.id}: {error}") from error
+
+    def value(self, node: ast.expr) -> Any:
+        try:
+            return ast.literal_eval(node)
+        except (ValueError, TypeError):
+            return self.method(node)
+
+    def fail(self, node: Any, message: str) -> None:
+        at = self.start + node.col_offset + 1
+        raise ValueError(f"methods={self.text!r}: {message}, at character {at}")

@@ -1,0 +1,15 @@
+"""Tasks and metrics."""
+
+from kvjax.evaluate.agreement import agreement
+from kvjax.evaluate.needles import Needle, found, needles
+from kvjax.evaluate.text import language_reference, load_text, samples
+
+__all__ = [
+    "Needle",
+    "agreement",
+    "found",
+    "language_reference",
+    "load_text",
+    "needles",
+    "samples",
+]

@@ -1,0 +1,128 @@
+"""A tiny model, one jitted run of prompt and decoding, and a look into what a cache holds."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.cache import commit, finish, init_cache
+from kvjax.compress import parse
+from kvjax.models import llama
+from kvjax.models.config import Config
+from kvjax.models.decoder import forward
+
+CONFIG = Config(50, 32, 48, 2, 4, 2, 8)
+PROMPT, STEPS = 24, 8
+LENGTHS = (24, 17, 11)
+TRACES: list[str] = []
+
+
+def _known(options: dict) -> dict:
+    """Those options that this XLA has."""
+    found = {}
+    for name, value in options.items():
+        try:
+            jax.jit(lambda x: x + 1, compiler_options={name: value}).lower(0.0).compile()
+        except jax.errors.JaxRuntimeError:
+            continue
+        found[name] = value
+    return found
+
+
+# These programs run a few times each: compiling them plainly takes a third of the time.
+PLAINLY = _known(
+    {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    }
+)
+quick_jit = functools.partial(jax.jit, compiler_options=PLAINLY)
+
+
+@functools.cache
+def model():
+    return llama.init(CONFIG, jax.random.key(0))
+
+
+@functools.cache
+def rows() -> np.ndarray:
+    """Embeddings [3, PROMPT + STEPS, width] of three sequences."""
+    tokens = np.random.default_rng(1).integers(0, 50, (3, PROMPT + STEPS))
+    return np.asarray(model().embed[...])[tokens] * 3.0
+
+
+@quick_jit
+def run(model, cache, x, pos, tail, tail_pos):
+    """Prompt, finish, then one token after the other: logits [B, 1 + STEPS, V] and the cache."""
+    TRACES.append("run")
+    first, new = forward(model, None, pos, cache, phase="prefill", embeddings=x, logits="last")
+    cache = finish(commit(cache, new, phase="prefill"))
+
+    def step(cache, xs):
+        x, pos = xs
+        logits, new = forward(model, None, pos[:, None], cache, embeddings=x[:, None])
+        return commit(cache, new), logits[:, 0]
+
+    cache, rest = jax.lax.scan(step, cache, (jnp.moveaxis(tail, 1, 0), tail_pos.T))
+    return jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], 1), cache
+
+
+@quick_jit
+def plain(model, x, pos):
+    """Logits without any cache."""
+    return forward(model, None, pos, phase="prefill", embeddings=x)[0]
+
+
+def inputs(lengths=LENGTHS, order=(0, 1, 2), left=False, fill=0.0):
+    """(x, pos, tail, tail_pos): row i of the batch is sequence order[i], its first lengths[i]
+    tokens as the prompt; -1: another sequence; padding filled with `fill`."""
+    x = np.full((len(order), PROMPT, CONFIG.width), fill, np.float32)
+    pos = np.full((len(order), PROMPT), -1, np.int32)
+    tail = np.full((len(order), STEPS, CONFIG.width), fill, np.float32)
+    tail_pos = np.full((len(order), STEPS), -1, np.int32)
+    for i, (row, length) in enumerate(zip(order, lengths)):
+        whole = rows()[row]
+        at = slice(PROMPT - length, PROMPT) if left else slice(0, length)
+        x[i, at], pos[i, at] = whole[:length], np.arange(length)
+        if length:
+            tail[i] = whole[length : length + STEPS]
+            tail_pos[i] = length + np.arange(STEPS)
+    return x, pos, tail, tail_pos
+
+
+def cache_of(text: str, batch: int = 3):
+    return init_cache(CONFIG, parse(text)[0][1], batch, PROMPT + STEPS, prompt=PROMPT)
+
+
+def go(text: str, *args, **kwargs):
+    given = inputs(*args, **kwargs)
+    return run(model(), cache_of(text, given[0].shape[0]), *given)
+
+
+@functools.cache
+def base(text: str):
+    """The run that all others are compared with."""
+    logits, cache = go(text)
+    return np.asarray(logits), cache
+
+
+def held(cache) -> list[list[list[list[int]]]]:
+    """Positions held, sorted: [layer][row][head], over all stages."""
+    layers, batch, heads = CONFIG.layers, cache.length.shape[0], CONFIG.kv_heads
+    out = [[[[] for _ in range(heads)] for _ in range(batch)] for _ in range(layers)]
+    for own in cache.state[0]:
+        if own is None or not hasattr(own, "seen"):
+            continue
+        for l, b, h in np.ndindex(layers, batch, heads):
+            pos = np.asarray(own.kv.pos if hasattr(own, "kv") else own.pos)
+            if pos.ndim == 1:  # a pool
+                start = int(own.place.address[l, b, h])
+                pos = pos[start : start + int(own.seen[l, b, h])]
+            else:
+                pos = pos[l % pos.shape[0], b, h % pos.shape[2]]
+            out[l][b][h] += [int(p) for p in pos if p >= 0]
+    return [[[sorted(h) for h in b] for b in l] for l in out]

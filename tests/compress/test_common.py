@@ -1,0 +1,196 @@
+"""Every method through the same cases. One compiled run per method: all cases share its shape."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from kvjax.cache import finish, init_cache, nbytes
+from kvjax.compress import METHODS, parse
+from tests.compress.harness import (
+    CONFIG,
+    LENGTHS,
+    PROMPT,
+    STEPS,
+    TRACES,
+    base,
+    cache_of,
+    go,
+    held,
+    inputs,
+    model,
+    plain,
+    rows,
+    run,
+)
+
+VOTE = "window=4, kernel=3"
+# name -> settings under which a prompt of 24 tokens is really compressed.
+SETTINGS = {
+    "dense": "dense",
+    "rtn": "rtn(bits=4)",
+    "random_eviction": "random_eviction(keep=0.5)",
+    "streaming_llm": "streaming_llm(tokens=10, sinks=2)",
+    "h2o": "h2o(keep=0.5)",
+    "tova": "tova(keep=0.5)",
+    "snapkv": f"snapkv(keep=0.5, {VOTE})",
+    "pyramidkv": f"pyramidkv(keep=0.5, beta=4, {VOTE})",
+    "adakv": f"adakv(keep=0.5, {VOTE})",
+    "expected_attention": "expected_attention(keep=0.5, sinks=2, future=16)",
+    "keydiff": "keydiff(keep=0.5)",
+    "knorm": "knorm(keep=0.5)",
+    "kivi": "kivi(bits=2, group=4, residual=8)",
+    "gear": "gear(bits=2, group=4, buffer=8)",
+    "mikv": "mikv(keep=0.5)",
+    "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
+    "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
+    "adakv in gear": f"adakv(keep=0.5, {VOTE}, storage=gear(bits=2, group=4, buffer=8))",
+}
+# Settings that must equal dense decoding; tokens beyond the prompt too, hence 32 of them.
+LIMITS = {
+    "rtn": "rtn(bits=16)",
+    "random_eviction": "random_eviction(keep=1.0)",
+    "streaming_llm": "streaming_llm(tokens=32, sinks=2)",
+    "h2o": "h2o(tokens=32)",
+    "tova": "tova(tokens=32)",
+    "snapkv": f"snapkv(tokens=24, {VOTE})",
+    "pyramidkv": f"pyramidkv(keep=1.0, {VOTE})",
+    "adakv": f"adakv(keep=1.0, {VOTE})",
+    "expected_attention": "expected_attention(tokens=24, sinks=2, future=16)",
+    "keydiff": "keydiff(tokens=24)",
+    "knorm": "knorm(keep=1)",
+    "kivi": "kivi(bits=16, group=4, residual=8)",
+    "kivi, never full": "kivi(bits=2, group=4, residual=32)",
+    "gear": "gear(bits=2, group=4, buffer=32)",
+    "mikv": "mikv(keep=0.5, bits=16)",
+}
+EXACT = 2e-5  # of logits of size about 3: float32 sums in another order
+# Sums in another order may move a float16 scale by its rounding, or at a tie a code by a step. What
+# the cases look for (a wrong row, a felt NaN) moves logits by 0.5 and more.
+CODED = 0.02
+every = pytest.mark.parametrize("name", SETTINGS)
+
+
+def near(a, b):
+    np.testing.assert_allclose(a, b, rtol=0, atol=EXACT)
+
+
+def test_tables_cover_every_method():
+    assert METHODS.keys() <= SETTINGS.keys() and METHODS.keys() - {"dense"} <= LIMITS.keys()
+
+
+def test_dense_is_the_model():
+    logits, _ = base("dense")
+    whole = plain(model(), rows(), np.tile(np.arange(PROMPT + STEPS, dtype=np.int32), (3, 1)))
+    for i, length in enumerate(LENGTHS):
+        near(logits[i], np.asarray(whole)[i, length - 1 : length + STEPS])
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limit_equals_dense(name):
+    near(go(LIMITS[name])[0], base("dense")[0])
+
+
+@every
+def test_padding_is_never_felt(name):
+    """NaN in the place of padding changes nothing; nor does padding on the other side."""
+    logits, _ = go(SETTINGS[name], fill=np.nan)
+    near(logits, base(SETTINGS[name])[0])
+    logits, _ = go(SETTINGS[name], left=True, fill=np.nan)
+    coded = "bits" in SETTINGS[name] or name == "mikv"
+    np.testing.assert_allclose(
+        logits, base(SETTINGS[name])[0], rtol=0, atol=CODED if coded else EXACT
+    )
+
+
+@every
+def test_rows_are_independent(name):
+    """A row beside others, and beside none."""
+    logits, _ = go(SETTINGS[name], (17, 24, 0), (1, 2, 0))
+    near(logits[0], base(SETTINGS[name])[0][1])
+
+
+@pytest.mark.parametrize("name", ["h2o", "adakv in gear"])
+def test_row_alone(name):
+    logits, _ = go(SETTINGS[name], LENGTHS[1:2], (1,))
+    near(logits[0], base(SETTINGS[name])[0][1])
+
+
+@every
+def test_rows_permute(name):
+    order = (2, 0, 1)
+    logits, cache = go(SETTINGS[name], tuple(LENGTHS[i] for i in order), order)
+    expected, before = base(SETTINGS[name])
+    near(logits, expected[list(order)])
+    assert [[l[i] for i in order] for l in held(before)] == held(cache)
+
+
+@every
+def test_equal_methods_compile_once(name):
+    base(SETTINGS[name])
+    count = len(TRACES)
+    run(model(), cache_of(SETTINGS[name]), *inputs())
+    assert len(TRACES) == count
+
+
+@every
+def test_slots_are_distinct_with_true_positions(name):
+    _, cache = base(SETTINGS[name])
+    for layer in held(cache):
+        for length, row in zip(LENGTHS, layer):
+            for head in row:
+                assert len(head) >= 1 and len(set(head)) == len(head)
+                assert head[0] >= 0 and head[-1] < length + STEPS
+    size = sum(len(head) for layer in held(cache) for row in layer for head in row)
+    everything = CONFIG.layers * CONFIG.kv_heads * (sum(LENGTHS) + 3 * STEPS)
+    assert (size == everything) == (name in ("dense", "rtn", "kivi", "gear", "mikv"))
+
+
+# --- memory: shapes alone say it, so nothing is compiled ---
+
+
+def bytes_of(text: str, prompt: int = 512, length: int = 544) -> int:
+    cache = init_cache(CONFIG_64, parse(text)[0][1], 2, length, prompt=prompt)
+    return nbytes(jax.eval_shape(finish, cache))
+
+
+CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "most"),
+    [
+        # 512 + 32 tokens against those kept, + 32 where decoding appends; positions cost little.
+        ("random_eviction(keep=0.25)", 0.29, 0.31),
+        ("streaming_llm(keep=0.25)", 0.23, 0.25),
+        ("h2o(keep=0.25)", 0.23, 0.26),
+        ("tova(keep=0.25)", 0.23, 0.26),
+        ("snapkv(keep=0.25)", 0.29, 0.31),
+        ("pyramidkv(keep=0.25)", 0.29, 0.36),  # a page and its fraction more per head
+        ("adakv(keep=0.25)", 0.29, 0.36),
+        ("expected_attention(keep=0.25)", 0.29, 0.31),
+        ("keydiff(keep=0.25)", 0.29, 0.31),
+        ("knorm(keep=0.25)", 0.29, 0.31),
+        # bits / 32 here, where exact is float32
+        ("rtn(bits=4)", 0.13, 0.15),
+        ("kivi(bits=2, residual=32)", 0.09, 0.16),
+        ("gear(bits=2)", 0.20, 0.26),  # 63 of 544 tokens may wait exactly
+        ("mikv(keep=0.25)", 0.29, 0.34),
+        ("snapkv(keep=0.25, storage=kivi(bits=2, residual=32))", 0.02, 0.1),
+    ],
+)
+def test_bytes_are_as_promised(text, least, most):
+    assert least < bytes_of(text) / bytes_of("dense") < most
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"dense", "kivi", "gear", "rtn"}))
+def test_bytes_fall_with_the_budget(name):
+    sizes = [bytes_of(f"{name}(keep={keep})") for keep in (0.75, 0.5, 0.25)]
+    assert sizes == sorted(set(sizes), reverse=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bare_name_runs(name):
+    """Defaults suit a model of head size 64 and a prompt longer than every window."""
+    assert bytes_of(name) > 0
