@@ -162,7 +162,7 @@ def attend_new(
         """bool [B, 1, ni, nj]."""
         key = jax.lax.dynamic_slice_in_dim(pos, j, nj, 1)[:, None, None, :]
         row = jax.lax.dynamic_slice_in_dim(pos, i, ni, 1)[:, None, :, None]
-        ok = key >= 0
+        ok = jnp.broadcast_to(key >= 0, (*key.shape[:2], ni, nj))
         if not isinstance(mask, str):
             ok &= jax.lax.dynamic_slice(mask, (0, i, j), (mask.shape[0], ni, nj))[:, None]
         elif mask == "causal":
