@@ -21,9 +21,10 @@ from kvjax.cache.cache import (
 )
 from kvjax.cache.chain import Chain, Pending, chain
 from kvjax.cache.expected import expected_attention
+from kvjax.cache.fit import Fit
 from kvjax.cache.heavy import Absorb, heavy, nearest
 from kvjax.cache.prune import prune
-from kvjax.cache.readers import best_pages
+from kvjax.cache.readers import Reader, best_pages
 from kvjax.cache.ring import Window
 from kvjax.cache.scores import (
     Score,
@@ -38,7 +39,7 @@ from kvjax.cache.scores import (
 from kvjax.cache.share import Share, share
 from kvjax.cache.stage import Column, Commit, Stage, Statistic
 from kvjax.cache.stages import by_position, first, prefix, recent
-from kvjax.cache.store import Fit, Reader, Store, store
+from kvjax.cache.store import Store, store
 from kvjax.cache.types import (
     KV,
     New,

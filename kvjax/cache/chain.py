@@ -84,9 +84,9 @@ class Chain:
         """State before a prompt of at most `spec.prompt` tokens (0: none, ready for tokens)."""
         whole = spec.whole_prompt or spec.prompt
         spec = spec.replace(unrotated=self.unrotated, whole_prompt=whole)
-        ready = self._init_stages(spec)  # raises whatever is wrong with the sizes, early
         if self.streaming or spec.prompt == 0:
-            return ready
+            return self._init_stages(spec)
+        jax.eval_shape(lambda: self._init_stages(spec))  # raises what is wrong with sizes, early
         names = tuple(column.name for column in self.columns)
         return Pending(
             buffer.empty(spec, spec.prompt, names),
