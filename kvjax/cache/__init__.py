@@ -7,6 +7,7 @@ each keeping some tokens and passing the rest on. Codecs (`kvjax.codecs`): how a
 from kvjax.cache.attention import attend_new, attend_slots, received
 from kvjax.cache.axes import logical_axes
 from kvjax.cache.budgets import Budget, adaptive, pyramid, uniform
+from kvjax.cache.buffer import compact, take
 from kvjax.cache.cache import (
     Cache,
     attend,
@@ -87,6 +88,7 @@ __all__ = [
     "by_position",
     "chain",
     "commit",
+    "compact",
     "expected_attention",
     "finish",
     "first",
@@ -113,6 +115,7 @@ __all__ = [
     "share",
     "span_of",
     "store",
+    "take",
     "tokens_held",
     "uniform",
     "window_attention",
