@@ -17,6 +17,7 @@ from kvjax.cache.cache import (
     nbytes,
     rope_of,
     span_of,
+    start,
     tokens_held,
 )
 from kvjax.cache.chain import Chain, Pending, chain
@@ -36,7 +37,7 @@ from kvjax.cache.scores import (
     window_attention,
 )
 from kvjax.cache.share import Share, share
-from kvjax.cache.stage import Column, Commit, Stage, Statistic
+from kvjax.cache.stage import Carried, Column, Commit, Stage, Statistic
 from kvjax.cache.stages import by_position, first, prefix, recent
 from kvjax.cache.store import Fit, Reader, Store, store
 from kvjax.cache.types import (
@@ -58,6 +59,7 @@ __all__ = [
     "Absorb",
     "Budget",
     "Cache",
+    "Carried",
     "Chain",
     "Column",
     "Commit",
@@ -111,6 +113,7 @@ __all__ = [
     "rotate",
     "share",
     "span_of",
+    "start",
     "store",
     "tokens_held",
     "uniform",
