@@ -18,6 +18,7 @@ from kvjax.cache.cache import (
     nbytes,
     rope_of,
     span_of,
+    start,
     tokens_held,
 )
 from kvjax.cache.chain import Chain, Pending, chain
@@ -38,7 +39,7 @@ from kvjax.cache.scores import (
     window_attention,
 )
 from kvjax.cache.share import Share, share
-from kvjax.cache.stage import Column, Commit, Stage, Statistic
+from kvjax.cache.stage import Carried, Column, Commit, Stage, Statistic
 from kvjax.cache.stages import by_position, first, prefix, recent
 from kvjax.cache.store import Store, store
 from kvjax.cache.types import (
@@ -60,6 +61,7 @@ __all__ = [
     "Absorb",
     "Budget",
     "Cache",
+    "Carried",
     "Chain",
     "Column",
     "Commit",
@@ -114,6 +116,7 @@ __all__ = [
     "rotate",
     "share",
     "span_of",
+    "start",
     "store",
     "take",
     "tokens_held",

@@ -107,6 +107,11 @@ def init_cache(
                 f"exact_layers={tuple(exact_layers)}: there are {config.layers} layers"
             )
         exact.add(layer % config.layers)
+    if exact and any(stage.every_layer for stage in transform.stages):
+        raise ValueError(
+            f"exact_layers={tuple(exact_layers)}: these layers would not see the tokens of "
+            f"{next(s for s in transform.stages if s.every_layer)}"
+        )
     rest = tuple(layer for layer in range(config.layers) if layer not in exact)
     plan = [(rest, transform)]
     if exact:
@@ -157,12 +162,17 @@ def span_of(config: Any) -> Array:
     return jnp.asarray([config.window(i) or huge for i in range(config.layers)], jnp.int32)
 
 
+def start(cache: Cache, pos: Array) -> tuple[Any, ...]:
+    """What `attend` of the first layer is given as `carry`, for rows at pos [B, T]."""
+    return tuple(t.start(state, pos) for t, state in zip(cache.transforms, cache.state))
+
+
 def attend(cache: Cache, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
     """Attention of the query rows of one layer over what the cache holds.
 
     Args:
       layer: int32 scalar, traced.
-      carry: one value per group, threaded from layer to layer; () unless a method uses it.
+      carry: threaded from layer to layer, beginning with `start(cache, positions)`.
     """
     if len(cache.groups) == 1:
         part, own = cache.transforms[0].attend(cache.state[0], layer, query, carry[0])

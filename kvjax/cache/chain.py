@@ -73,10 +73,15 @@ class Chain:
 
     def needs_attention(self, state: Any) -> bool:
         """Whether commits into this state must be given attention statistics."""
-        return bool(self.columns or (isinstance(state, Pending) and self.statistics))
+        return bool(self._observing() or (isinstance(state, Pending) and self.statistics))
 
     def _columns_from(self, place: int) -> tuple[Column, ...]:
-        return _union(stage.columns for stage in self.stages[place:])
+        """Columns held at `place`: what it and later stages ask for, and what tokens bring."""
+        brought = (c for stage in self.stages[:place] for c in stage.columns if not c.observes)
+        return _union([brought, *(stage.columns for stage in self.stages[place:])])
+
+    def _observing(self, place: int = 0) -> tuple[Column, ...]:
+        return tuple(c for c in self._columns_from(place) if c.observes)
 
     # --- the contract ---
 
@@ -107,9 +112,17 @@ class Chain:
             spec = stage.downstream(spec)
         return tuple(states)
 
+    def start(self, state: Any, pos: Array) -> tuple[Any, ...]:
+        """What the stages carry into the first layer; rows at pos [B, T]."""
+        if isinstance(state, Pending):
+            return ()
+        return tuple(
+            () if own is None else stage.start(own, pos) for stage, own in zip(self.stages, state)
+        )
+
     def attend(
-        self, state: Any, layer: Array, query: Query, carry: Any = ()
-    ) -> tuple[Partial, Any]:
+        self, state: Any, layer: Array, query: Query, carry: tuple[Any, ...]
+    ) -> tuple[Partial, tuple[Any, ...]]:
         """Attention of the query rows over everything held: a fold of the stages' partials."""
         if isinstance(state, Pending):
             used = jnp.max(state.seen)
@@ -118,28 +131,30 @@ class Chain:
             opening = jnp.min(jnp.where(query.pos >= 0, query.pos, FOREVER), 1)
             query = dataclasses.replace(query, gap=opening - self.held(state))
         shape = query.q.shape[:3]
-        done = None
-        for stage, own in zip(self.stages, state):
+        done, carry = None, list(carry)
+        for place, (stage, own) in enumerate(zip(self.stages, state)):
             if own is None:
                 continue
-            part, carry = stage.attend(own, layer, query, carry)
+            part, carry[place] = stage.attend(own, layer, query, carry[place])
             if part is not None:
                 done = part if done is None else merge(done, part)
-        return (Partial.identity(shape, query.q.shape[-1]) if done is None else done), carry
+        done = Partial.identity(shape, query.q.shape[-1]) if done is None else done
+        return done, tuple(carry)
 
     def commit(self, state: Any, kv: KV, context: Commit) -> Any:
         """Takes tokens (compact, ascending by position), keys rotated unless `unrotated`."""
-        columns = self.columns
+        columns = self._observing()
         if columns and context.seen is not None:
             k = context.rotated(kv, self.unrotated)
-            zero = jnp.zeros((*kv.lead, kv.size), jnp.float32)
-            fresh = {c.name: c.update(zero, k, kv.pos, context) for c in columns}
+            fresh = {
+                c.name: c.update(buffer.column(kv, c.name), k, kv.pos, context) for c in columns
+            }
             kv = dataclasses.replace(kv, extra={**kv.extra, **fresh})
         if isinstance(state, Pending):
             return self._hold(state, kv, context)
         if columns and context.seen is not None:
             state = tuple(
-                own if own is None else stage.observe(own, self._columns_from(place), context)
+                own if own is None else stage.observe(own, self._observing(place), context)
                 for place, (stage, own) in enumerate(zip(self.stages, state))
             )
         return self._push(0, state, kv, context)
@@ -151,7 +166,7 @@ class Chain:
                 "exactly until finish(cache), because a stage needs all of it: "
                 f"{', '.join(str(s) for s in self.stages if not s.streaming)}"
             )
-        held = observe_slots(state.kv, self.columns, context, self.unrotated)
+        held = observe_slots(state.kv, self._observing(), context, self.unrotated)
         slot = state.seen[..., None] + jnp.arange(kv.size, dtype=jnp.int32)
         stats = state.stats
         if self.statistics:

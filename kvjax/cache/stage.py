@@ -49,14 +49,31 @@ class Column:
 
     name: str
 
+    @property
+    def observes(self) -> bool:
+        """Whether `update` reads the attention statistics of the rows being committed."""
+        return True
+
     def update(self, old: Array, k: Array, pos: Array, context: Commit) -> Array:
         """The column after rows were committed.
 
         Args:
-          old: float32 [L, B, H, N]; zeros for the rows being committed themselves.
+          old: float32 [L, B, H, N]; for the rows being committed themselves what they carry, or
+            zeros.
           k: [L, B, H, N, D], rotated. pos: int32 [L or 1, B, H or 1, N].
         """
         raise NotImplementedError(f"column {self.name!r} has no update rule")
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried(Column):
+    """A column that comes with the tokens (`New.kv.extra`), never changes, and goes with them from
+    the stage that names it to the end of the chain. "bias" is added to the logits wherever held.
+    """
+
+    @property
+    def observes(self) -> bool:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +134,11 @@ class Stage:
         """Whether the stage must stand at the head of its chain."""
         return False
 
+    @property
+    def every_layer(self) -> bool:
+        """Whether layers without this stage would miss tokens, so that none can be left out."""
+        return False
+
     def init(self, spec: Spec) -> Any:
         """An empty state able to hold what `spec` says can come. Raises ValueError if it can't."""
         raise NotImplementedError
@@ -124,6 +146,11 @@ class Stage:
     def downstream(self, spec: Spec) -> Spec | None:
         """What can leave a stage that was initialised with `spec`; None: nothing ever does."""
         raise NotImplementedError
+
+    def start(self, state: Any, pos: Array) -> Any:
+        """What `attend` of the first layer is given as `carry`, for rows at pos [B, T]; the same
+        structure goes from layer to layer."""
+        return ()
 
     def attend(
         self, state: Any, layer: Array, query: Query, carry: Any

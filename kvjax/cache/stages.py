@@ -307,6 +307,10 @@ def by_position(n: int, codec: Any = None) -> ByPosition:
 class Prefix(Stage):
     name: str = "prefix"
 
+    @property
+    def every_layer(self) -> bool:
+        return True
+
     def init(self, spec: Spec) -> Array:
         return jnp.zeros((spec.batch,), jnp.int32)
 

@@ -176,6 +176,7 @@ class Generation:
       logits: float32 [B, V], of what would come next.
       cache: holds every generated token of rows that have not stopped.
       processor: state of the logits processor.
+      drawn: int32 scalar, draws made with the key so far.
     """
 
     tokens: Array
@@ -185,6 +186,7 @@ class Generation:
     logits: Array
     cache: Cache
     processor: Any
+    drawn: Array
 
 
 def generate(
@@ -208,7 +210,7 @@ def generate(
       cache, logits: from `prefill` (or a previous generation).
       new_tokens: static; the loop ends earlier when all rows have stopped.
       sampler: None: greedy.
-      key: PRNG key, needed unless greedy. Draw n uses fold_in(key, n), n counted per call.
+      key: PRNG key, needed unless greedy. Draw n uses fold_in(key, n), counted on by `resume`.
       stop: token ids that end a row; None: the model's own.
       processor: changes logits before sampling; `prompt` int32 [B, T] (-1: padding) is shown to it.
       limit: int32 [B], at most so many tokens in each row.
@@ -228,20 +230,21 @@ def generate(
     _check_room(cache, new_tokens)
     processor = processors() if processor is None else processor
     if resume is not None:
-        state, stopped = resume.processor, resume.stopped
+        state, stopped, drawn = resume.processor, resume.stopped, resume.drawn
     else:
         prompt = jnp.full((batch, 1), -1, jnp.int32) if prompt is None else jnp.asarray(prompt)
         state = processor.init(prompt, logits.shape[1])
-        stopped = jnp.zeros((batch,), bool)
+        stopped, drawn = jnp.zeros((batch,), bool), jnp.zeros((), jnp.int32)
     moving, rest = _apart(cache)
     run = _generate_donating if donate else _generate
     out, moving = run(
-        model, moving, rest, logits, jax.random.key(0) if key is None else key, state, stopped,
+        model, moving, rest, logits,
+        jax.random.key(0) if key is None else key, drawn, state, stopped,
         jnp.full((batch,), new_tokens, jnp.int32) if limit is None else jnp.asarray(limit),
         new_tokens=new_tokens, sampler=sampler, stop=stop, processor=processor,
     )  # fmt: skip
-    tokens, logprobs, count, stopped, logits, state = out
-    return Generation(tokens, logprobs, count, stopped, logits, _whole(moving, rest), state)
+    tokens, logprobs, count, stopped, logits, state, drawn = out
+    return Generation(tokens, logprobs, count, stopped, logits, _whole(moving, rest), state, drawn)
 
 
 def _check_room(cache: Cache, more: int) -> None:
@@ -256,8 +259,9 @@ def _check_room(cache: Cache, more: int) -> None:
 
 
 def _generate_body(
-    model: Model, moving: Any, rest: Cache, logits: Array, key: Array, state: Any, stopped: Array,
-    limit: Array, *, new_tokens: int, sampler: Sampler, stop: tuple[int, ...], processor: Processor,
+    model: Model, moving: Any, rest: Cache, logits: Array, key: Array, drawn: Array, state: Any,
+    stopped: Array, limit: Array, *, new_tokens: int, sampler: Sampler, stop: tuple[int, ...],
+    processor: Processor,
 ) -> Any:  # fmt: skip
     batch = logits.shape[0]
 
@@ -267,7 +271,7 @@ def _generate_body(
 
     def body(carry: Any) -> Any:
         step, moving, logits, state, tokens, logprobs, active, stopped, count = carry
-        token, logprob = sampler(processor(state, logits), jax.random.fold_in(key, step))
+        token, logprob = sampler(processor(state, logits), jax.random.fold_in(key, drawn + step))
         token = jnp.where(active, token, -1)
         state = processor.update(state, token)
         tokens = tokens.at[:, step].set(token)
@@ -290,8 +294,8 @@ def _generate_body(
         ~stopped & (limit > 0), stopped, jnp.zeros((batch,), jnp.int32),
     )  # fmt: skip
     carry = jax.lax.while_loop(more, body, carry)
-    _, moving, logits, state, tokens, logprobs, _, stopped, count = carry
-    return (tokens, logprobs, count, stopped, logits, state), moving
+    step, moving, logits, state, tokens, logprobs, _, stopped, count = carry
+    return (tokens, logprobs, count, stopped, logits, state, drawn + step), moving
 
 
 _static = ("new_tokens", "sampler", "stop", "processor")

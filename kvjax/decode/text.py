@@ -83,7 +83,7 @@ def stream(
         left = jnp.asarray(np.where(done, 0, min(segment, new_tokens - number * segment)))
         run = generate(
             model, cache, logits, segment, sampler=sampler,
-            key=jax.random.fold_in(jax.random.key(seed), number), processor=processor,
+            key=jax.random.key(seed), processor=processor,
             prompt=shown, limit=left, resume=run, donate=True,
         )  # fmt: skip
         cache, logits = run.cache, run.logits

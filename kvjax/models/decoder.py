@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.attention import attend_new
-from kvjax.cache.cache import Cache, attend, commit, rope_of, span_of
+from kvjax.cache.cache import Cache, attend, commit, rope_of, span_of, start
 from kvjax.cache.types import KV, PHASES, New, Observation, Phase, Query, Rope, merge, rotate
 from kvjax.models.config import Config
 from kvjax.models.llama import Layers, Model
@@ -79,7 +79,7 @@ def forward(
         carry = ()
     else:
         rope, span = cache.constants["rope"], cache.constants["span"]
-        carry = ((),) * len(cache.groups)
+        carry = start(cache, positions)
     windowed = any(w is not None and w < length for w in config.windows)
 
     def block(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Any]:

@@ -27,10 +27,11 @@ from kvjax.cache import (
     init_cache,
     merge,
     rotate,
+    start,
 )
 from kvjax.models.config import Config
+from tests.compress.harness import PLAINLY as QUICKLY
 
-QUICKLY = {"xla_backend_optimization_level": 0}
 LAYERS, BATCH, HEADS, KV_HEADS, WIDTH = 2, 2, 4, 2, 8
 CONFIG = Config(29, 16, 16, LAYERS, HEADS, KV_HEADS, WIDTH)
 
@@ -86,7 +87,7 @@ def _look(cache: Cache, r: dict, mask: Any = "causal", config: Config = CONFIG) 
         done = merge(attend_new(query, keys, v, mask), held)
         return carry, (done.out, turned, done.max, done.sum)
 
-    carry = ((),) * len(cache.groups)
+    carry = start(cache, pos)
     each = (jnp.arange(LAYERS), r["q"], r["k"], r["v"], rope, span)
     _, (out, turned, top, total) = jax.lax.scan(layer, carry, each)
     kv = KV(jnp.asarray(r["k"]), jnp.asarray(r["v"]), pos[None, :, None])
@@ -120,12 +121,12 @@ def run(
     total = r["pos"].shape[1]
     cache = empty(transform, total, prompt, config, **how)
     outs = []
-    for start in range(0, prompt, chunk):
-        out, cache = step(cache, part(r, start, start + chunk), "prefill", config)
+    for first in range(0, prompt, chunk):
+        out, cache = step(cache, part(r, first, first + chunk), "prefill", config)
         outs.append(out)
     cache = done(cache)
-    for start in range(prompt, total):
-        out, cache = step(cache, part(r, start, start + 1), "decode", config)
+    for first in range(prompt, total):
+        out, cache = step(cache, part(r, first, first + 1), "decode", config)
         outs.append(out)
     return np.concatenate([np.asarray(o) for o in outs], 3), cache
 

@@ -57,7 +57,12 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("name", CHAINS)
+SLOW = {"heavy newest", "prune window", "pyramid", "adaptive, recent", "recent released, store"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CHAINS]
+)
 def test_full_budget_is_dense(name):
     r = rows(1, LENGTH, ragged_positions(7, PROMPT, DECODE))
     out, _ = run(CHAINS[name], r, PROMPT, 8)
@@ -77,7 +82,7 @@ WINDOWED = Config(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["all stages", "adaptive, recent", "before", "by position"])
+@pytest.mark.parametrize("name", ["all stages", "before, ragged"])
 def test_sliding_window_and_softcap(name):
     r = rows(3, LENGTH, ragged_positions(9, PROMPT, DECODE))
     out, _ = run(CHAINS[name], r, PROMPT, 8, config=WINDOWED)

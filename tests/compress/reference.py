@@ -11,7 +11,18 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache import KV, New, Observation, Query, attend, commit, finish, init_cache, rotate
+from kvjax.cache import (
+    KV,
+    New,
+    Observation,
+    Query,
+    attend,
+    commit,
+    finish,
+    init_cache,
+    rotate,
+    start,
+)
 from kvjax.compress import parse
 from kvjax.models.config import Config
 from tests.compress.harness import quick_jit
@@ -160,7 +171,7 @@ def _probe(cache, raw, pos):
         rope, span = cache.constants["rope"][l], cache.constants["span"][l]
         q = rotate(raw[l], pos[:, None], rope)
         query = Query(q, raw[l], pos, rope, span, cache.constants, jnp.zeros((B,), jnp.int32))
-        return attend(cache, jnp.asarray(l), query, ((),) * len(cache.groups))[0]
+        return attend(cache, jnp.asarray(l), query, start(cache, query.pos))[0]
 
     parts = [layer(l) for l in range(L)]
     return jnp.stack([p.out for p in parts]), jnp.stack([p.lse for p in parts])
