@@ -90,7 +90,6 @@ def test_everything_public_is_documented():
 
 def test_files_are_short():
     """At most 450 lines each; most of the package below 200."""
-    assert all((ROOT / name).exists() for name in LONG)
     sizes = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
         for path in tracked()
