@@ -40,7 +40,11 @@ def layer_of(x: Array, layer: Array, start: Array | int = 0, size: int | None = 
 
 
 def blockwise(
-    query: Query, slots: int, used: Array | None, part: Callable[[Any, int, Any], Partial]
+    query: Query,
+    slots: int,
+    used: Array | None,
+    part: Callable[[Any, int, Any], Partial],
+    unit: int = 1,
 ) -> Partial:
     """Folds partials over blocks of a buffer, reading little more than the slots in use.
 
@@ -49,24 +53,26 @@ def blockwise(
       used: int32 scalar, slots [used, slots) are known to be empty; None: read all.
       part: (start, size, first) -> Partial over slots [start, start + size) that are at least
         `first`; a block that would leave the buffer starts earlier and skips what was read before.
+      unit: start and size are multiples of it, as slots is.
     """
     if slots <= BLOCK:
         return part(0, slots, 0)
+    few, size = (max(n // unit, 1) * unit for n in (FEW, BLOCK))
 
     def block(first: Any) -> Partial:
-        return part(jnp.minimum(first, slots - BLOCK), BLOCK, first)
+        return part(jnp.minimum(first, slots - size), size, first)
 
-    none = jax.eval_shape(lambda: part(0, FEW, 0))
+    none = jax.eval_shape(lambda: part(0, few, 0))
     none = Partial.identity(none.max.shape, none.out.shape[-1])
     if query.differentiable or used is None:
-        starts = jnp.arange(-(-slots // BLOCK)) * BLOCK
+        starts = jnp.arange(-(-slots // size)) * size
         return jax.lax.scan(lambda done, i: (merge(done, block(i)), None), none, starts)[0]
 
     def several() -> Partial:
-        step = lambda i, done: merge(done, block(i * BLOCK))  # noqa: E731
-        return jax.lax.fori_loop(0, (used + BLOCK - 1) // BLOCK, step, none)
+        step = lambda i, done: merge(done, block(i * size))  # noqa: E731
+        return jax.lax.fori_loop(0, (used + size - 1) // size, step, none)
 
-    return jax.lax.cond(used <= FEW, lambda: part(0, FEW, 0), several)
+    return jax.lax.cond(used <= few, lambda: part(0, few, 0), several)
 
 
 def attend_slots(

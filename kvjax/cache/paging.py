@@ -31,15 +31,19 @@ def per_layer(x: Array, layer: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(x, layer if x.shape[0] > 1 else 0, 0, keepdims=False)
 
 
-@pytree("slots")
+@pytree("slots", "unit")
 class Rectangle:
-    """Every row and head has room for `slots` tokens: arrays [L, B, H, slots / block, ...]."""
+    """Every row and head has room for `slots` tokens: arrays [L, B, H, slots / block, ...].
+
+    Slots are read in multiples of `unit` tokens.
+    """
 
     slots: int
+    unit: int = 1
 
     @staticmethod
     def init(spec: Spec, slots: int, unit: int) -> Rectangle:
-        return Rectangle(-(-slots // unit) * unit)
+        return Rectangle(-(-slots // unit) * unit, unit)
 
     def lead(self, spec: Spec) -> tuple[int, ...]:
         return (spec.layers, spec.batch, spec.kv_heads)
@@ -86,7 +90,7 @@ class Rectangle:
 
             return part(read, mask, q, rows)
 
-        return blockwise(query, self.slots, jnp.max(coded), block)
+        return blockwise(query, self.slots, jnp.max(coded), block, self.unit)
 
 
 @pytree("starts", "page")
