@@ -35,12 +35,13 @@ flags.DEFINE_string("model", "smollm2-135m", "Name or path for kvjax.load.")
 flags.DEFINE_enum("peer", None, ["transformers"], "Run beside it (needs torch and transformers).")
 flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", lower_bound=1)
 flags.DEFINE_integer("tokens", 32, "Tokens decoded per run.", lower_bound=1)
-flags.DEFINE_list(
-    "only", [], "Parts to run: decode, capacity, long, kivi, compile, prefill; empty: all."
-)
+PARTS = ("decode", "capacity", "long", "kivi", "compile", "prefill")
+flags.DEFINE_list("only", [], f"Parts to run: {', '.join(PARTS)}; empty: all.")
 flags.DEFINE_string("out", "results/benchmark", "Folder for results.json.")
 FLAGS = flags.FLAGS
 
+# Between runs: the threads of the one before spin for a while, waiting for more work.
+REST = 0.5
 COLUMNS = {
     "case": "case",
     "milliseconds": "ms|.2f",
@@ -183,6 +184,7 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            time.sleep(REST)
             seconds[name].append(run())
         bandwidth.measure()
     return seconds
@@ -333,7 +335,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     if FLAGS.peer and any(importlib.util.find_spec(m) is None for m in ("torch", "transformers")):
         raise app.UsageError("--peer=transformers: pip install 'kvjax[peers]' first")
-    parts = set(FLAGS.only) or {"decode", "capacity", "long", "kivi", "compile", "prefill"}
+    parts = set(FLAGS.only or PARTS)
+    if unknown := sorted(parts - set(PARTS)):
+        raise app.UsageError(f"only={unknown}: expected some of {', '.join(PARTS)}")
     settings = {
         "model": FLAGS.model, "peer": FLAGS.peer, "rounds": FLAGS.rounds, "tokens": FLAGS.tokens
     }  # fmt: skip
@@ -341,6 +345,8 @@ def main(argv: list[str]) -> None:
         results = common.Results(FLAGS.out, settings, key="case")
     except ValueError as error:
         raise app.UsageError(str(error)) from None
+    except OSError as error:
+        raise app.UsageError(f"out={FLAGS.out!r}: {error}") from None
     model, _ = load(FLAGS.model, tokenizer=False)
     bandwidth = Bandwidth()
     peer = Peer(model) if FLAGS.peer else None

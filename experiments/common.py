@@ -87,12 +87,15 @@ class Results:
         if self.path.exists():
             try:
                 old = json.loads(self.path.read_text())
-                settings_before, rows = old["settings"], old["rows"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                settings_before, rows = dict(old["settings"]), [dict(r) for r in old["rows"]]
+                missing = [r for r in rows if key not in r]
+            except (ValueError, KeyError, TypeError) as error:
+                missing = [error]
+            if missing:
                 raise ValueError(
-                    f"{self.path} is not a results file of this program ({error}): "
+                    f"{self.path} is not a results file of this program ({missing[0]!r}): "
                     "choose another --out"
-                ) from None
+                )
             if settings_before != self.settings:
                 changed = sorted(
                     k

@@ -52,7 +52,9 @@ flags.DEFINE_list(
 )
 flags.DEFINE_integer("rounds", 3, "Interleaved timing rounds per method.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of the needles.")
-flags.DEFINE_string("dtype", "float32", "Of parameters and exact keys and values.")
+flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "Of parameters, exact keys and values."
+)
 flags.DEFINE_string("out", "results/compress", "Folder for results.json, pareto.png, report.html.")
 flags.DEFINE_bool("compile_cache", False, "Keep compiled programs in the user's cache folder.")
 FLAGS = flags.FLAGS
@@ -70,7 +72,13 @@ COLUMNS = {
     "decode_tokens_per_second": "decode/s|.1f",
     "decode_ratio_to_dense": "x dense|.2f",
 }
-SEGMENT = 64  # tokens per scoring call, also the unit of timing
+# What a run is: a folder of results belongs to one value of all these.
+SETTINGS = (
+    "model", "text", "context", "continuation", "offsets", "needles", "needle_lengths",
+    "needle_modes", "rounds", "seed", "dtype",
+)  # fmt: skip
+OTHERS = ("methods", "out", "compile_cache")
+SEGMENT = 32  # tokens per scoring call, also the unit of timing
 ANSWER = 8  # tokens decoded per needle
 
 
@@ -113,14 +121,16 @@ def exact_prefill(model: Any, tokens: Array, timed: bool) -> Exact:
     return Exact(new, logits, *tokens.shape, seconds)
 
 
-def compressed(config: Any, exact: Exact, chain: Any, room: int, dtype: Any) -> tuple[Any, float]:
+def compressed(
+    config: Any, exact: Exact, chain: Any, room: int, dtype: Any, timed: bool = False
+) -> tuple[Any, float]:
     """The cache of a method after an exact prefill; seconds that commit and finish took."""
     cache = kv.init_cache(
         config, chain, exact.batch, exact.time + room, prompt=exact.time, dtype=dtype
     )
     moving, rest = _apart(cache)
     seconds = 0.0
-    for _ in range(2):  # the first call compiles
+    for _ in range(2 if timed else 1):  # the first call compiles
         start = time.perf_counter()
         out = jax.block_until_ready(_commit(moving, rest, exact.new))
         seconds = time.perf_counter() - start
@@ -147,17 +157,13 @@ class Job:
         self.dtype = jnp.dtype(settings["dtype"])
         self.model, self.tokenizer = load(settings["model"], dtype=self.dtype)
         self.config = self.model.config
-        check(methods, self.config, settings)
         text = load_text(settings["text"])
         context, more = settings["context"], settings["continuation"]
         windows = samples(text, self.tokenizer, settings["offsets"], context + more)
-        self.continuation = jnp.asarray(windows[:, context:])
-        self.exact = exact_prefill(self.model, jnp.asarray(windows[:, :context]), timed=True)
-        self.dense_cache: Any = None
-        self.dense_logits: Array | None = None
         prompts = [
             needle
             for length in settings["needle_lengths"]
+            if settings["needles"]
             for needle in needles(
                 text, self.tokenizer, length, settings["needles"], settings["seed"]
             )
@@ -168,12 +174,38 @@ class Job:
             for length in settings["needle_lengths"]
         ]
         self.needles = [batch for batch in self.needles if batch]
+        self._check(methods)  # whatever is wrong is said by now; from here on things are compiled
+        self.continuation = jnp.asarray(windows[:, context:])
+        self.exact = exact_prefill(self.model, jnp.asarray(windows[:, :context]), timed=True)
+        self.dense_cache: Any = None
+        self.dense_logits: Array | None = None
         self.needle_exact: list[tuple[Exact, Any, Array]] = []
         for batch in self.needles:
             tokens = jnp.asarray([n.context for n in batch])
             exact = exact_prefill(self.model, tokens, timed=False)
             question = jnp.asarray([n.question for n in batch])
             self.needle_exact.append((exact, *self._question(exact, question)))
+
+    def _check(self, methods: list[tuple[str, Any]]) -> None:
+        """Refuses methods that do not fit the model or a size that the run will ask of them."""
+        settings = self.settings
+        sizes = [(len(settings["offsets"]), settings["context"], settings["continuation"])]
+        for batch in self.needles:
+            length, asked = len(batch[0].context), len(batch[0].question)
+            if "aware" in settings["needle_modes"]:
+                sizes.append((len(batch), length + asked, ANSWER))
+            if "agnostic" in settings["needle_modes"]:
+                sizes.append((len(batch), length, asked + ANSWER))
+        for label, chain in methods:
+            for batch, prompt, more in sizes:
+                try:
+                    jax.eval_shape(
+                        lambda chain=chain, batch=batch, prompt=prompt, more=more: kv.init_cache(
+                            self.config, chain, batch, prompt + more, prompt=prompt
+                        )
+                    )
+                except ValueError as error:
+                    raise ValueError(f"{label}, prompt of {prompt} tokens: {error}") from None
 
     def _question(self, exact: Exact, question: Array) -> tuple[Any, Array]:
         """The question's rows, computed exactly after the context: (new, logits [B, V])."""
@@ -191,18 +223,21 @@ class Job:
     def run(self, label: str, chain: Any, progress: Any) -> dict[str, Any]:
         """All figures of one method."""
         row: dict[str, Any] = {"method": label}
-        row |= self.quality(chain, label == "dense")
+        figures, cache = self.quality(chain, label == "dense")
+        row |= figures
         progress()
         if self.needles:
             row |= self.needle_test(chain)
         progress()
-        row |= self.speed(chain)
+        row |= self.speed(cache)
         progress()
         return row
 
-    def quality(self, chain: Any, dense: bool) -> dict[str, Any]:
+    def quality(self, chain: Any, dense: bool) -> tuple[dict[str, Any], Any]:
+        """Figures of the continuation; and the cache as it was at the end of the context."""
         more = self.continuation.shape[1]
-        cache, seconds = compressed(self.config, self.exact, chain, more, self.dtype)
+        first, seconds = compressed(self.config, self.exact, chain, more, self.dtype, timed=True)
+        cache = first
         logits = self.exact.logits
         size = kv.nbytes(cache)
         logprobs, kept = [], []
@@ -216,11 +251,11 @@ class Job:
         nll = -float(jnp.mean(jnp.concatenate(logprobs, 1)))
         kept = jnp.concatenate(kept, 1)
         if dense:
-            self.dense_logits = kept
+            self.dense_logits, self.dense_cache = kept, first
         divergence, same = agreement(kept, self.dense_logits)
         values = 2 * self.config.head_dim * kv.tokens_held(cache)
         prompt_tokens = self.exact.batch * self.exact.time
-        return {
+        figures = {
             "nll": nll,
             "perplexity": float(np.exp(nll)),
             "kl": float(jnp.mean(divergence)),
@@ -230,6 +265,7 @@ class Job:
             "bits_per_value": 8 * size / values,
             "prefill_tokens_per_second": prompt_tokens / (self.exact.seconds + seconds),
         }
+        return figures, first
 
     def needle_test(self, chain: Any) -> dict[str, Any]:
         hits: dict[str, list[bool]] = {mode: [] for mode in self.settings["needle_modes"]}
@@ -253,14 +289,9 @@ class Job:
         texts = self.tokenizer.decode_batch(np.asarray(out.tokens))
         return [found(needle.answer, text) for needle, text in zip(batch, texts)]
 
-    def speed(self, chain: Any) -> dict[str, Any]:
-        """Decode speed, rounds of this method and of dense by turns."""
-        more = self.continuation.shape[1]
+    def speed(self, own: Any) -> dict[str, Any]:
+        """Decode speed from a cache, rounds of this method and of dense by turns."""
         part = self.continuation[:, :SEGMENT]
-        own, _ = compressed(self.config, self.exact, chain, more, self.dtype)
-        if self.dense_cache is None:
-            dense = kv.chain(kv.store())
-            self.dense_cache, _ = compressed(self.config, self.exact, dense, more, self.dtype)
 
         def run(cache: Any) -> float:
             start = time.perf_counter()
@@ -277,39 +308,45 @@ class Job:
 
 
 def settings_of(values: Any) -> dict[str, Any]:
-    """Flags, with what a config file says in place of those not given on the command line."""
-    names = (
-        "model", "text", "context", "continuation", "offsets", "needles", "needle_lengths",
-        "needle_modes", "rounds", "seed", "dtype",
-    )  # fmt: skip
-    chosen = {name: _setting(values, name) for name in names}
+    """Flags, with what a config file says in place of those not given on the command line.
+
+    Raises:
+      ValueError: a value that is not allowed, or a name in the config file that is no setting.
+    """
+    allowed = (*SETTINGS, *OTHERS)
+    for name in values.config or ():
+        if name not in allowed:
+            raise ValueError(f"config: {name!r} is no setting; expected {', '.join(allowed)}")
+    chosen = {name: setting(values, name) for name in SETTINGS}
     for name in ("offsets", "needle_lengths"):
-        chosen[name] = [int(x) for x in chosen[name]]
-    chosen["needle_modes"] = list(chosen["needle_modes"])
-    unknown = set(chosen["needle_modes"]) - {"aware", "agnostic"}
-    if unknown:
+        chosen[name] = [_integer(name, x) for x in chosen[name]]
+    modes = chosen["needle_modes"]
+    for name in ("offsets", *(("needle_lengths", "needle_modes") if chosen["needles"] else ())):
+        if not chosen[name]:
+            allowed = "'aware', 'agnostic'" if name == "needle_modes" else "integers"
+            raise ValueError(f"{name}=[]: expected at least one of {allowed}")
+    if unknown := set(modes) - {"aware", "agnostic"}:
         raise ValueError(f"needle_modes={sorted(unknown)}: expected 'aware' and 'agnostic'")
     return chosen
 
 
-def _setting(values: Any, name: str) -> Any:
-    if values.config is not None and name in values.config and not values[name].present:
-        return values.config[name]
-    return values[name].value
+def setting(values: Any, name: str) -> Any:
+    """One flag: the command line's, else the config file's (checked like a flag), else default."""
+    flag = values[name]
+    if flag.present or values.config is None or name not in values.config:
+        return flag.value
+    value = values.config[name]
+    try:
+        return flag.parser.parse(list(value) if isinstance(value, tuple) else value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config: {name}={value!r}: {error}") from None
 
 
-def check(methods: list[tuple[str, Any]], config: Any, settings: dict[str, Any]) -> None:
-    """Refuses methods that do not fit the model or the sizes, before anything is compiled."""
-    for label, chain in methods:
-        try:
-            jax.eval_shape(
-                lambda chain=chain: kv.init_cache(
-                    config, chain, len(settings["offsets"]),
-                    settings["context"] + settings["continuation"], prompt=settings["context"],
-                )
-            )  # fmt: skip
-        except ValueError as error:
-            raise ValueError(f"{label}: {error}") from None
+def _integer(name: str, text: Any) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}: {text!r} is no integer") from None
 
 
 def main(argv: list[str]) -> None:
@@ -317,14 +354,16 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
         settings = settings_of(FLAGS)
-        methods = parse(_setting(FLAGS, "methods"))
-        out = _setting(FLAGS, "out")
+        # Dense first, since all are compared with it; each method once.
+        methods = list(dict([*parse("dense"), *parse(setting(FLAGS, "methods"))]).items())
+        out = setting(FLAGS, "out")
+        keep_compiled = setting(FLAGS, "compile_cache")
         results = common.Results(out, settings)
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         raise app.UsageError(str(error)) from None
-    if methods[0][0] != "dense":
-        methods = [*parse("dense"), *(m for m in methods if m[0] != "dense")]
-    if FLAGS.compile_cache:
+    except OSError as error:
+        raise app.UsageError(f"out={out!r}: {error}") from None
+    if keep_compiled:
         common.compile_cache()
     order = [label for label, _ in methods]
     todo = [m for m in methods if results.get(m[0]) is None]
@@ -339,8 +378,6 @@ def main(argv: list[str]) -> None:
     paths = report.write(out, rows, results.settings, common.environment(), COLUMNS)
     for path in (results.path, *paths):
         common.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    if all(row.get("error") for row in rows):
-        raise SystemExit(1)
 
 
 def run(settings: Any, methods: Any, todo: Any, results: common.Results) -> None:

@@ -42,13 +42,12 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Any:
         for row in rows:
             index = number[row["method"]]
             x, y = row["bytes_per_token"], value(row)
-            axis.scatter(x, y, s=210, color=colors((index - 1) % 20), edgecolor="white", zorder=3)
-            axis.annotate(str(index), (x, y), ha="center", va="center", fontsize=8, zorder=4)
+            axis.scatter(x, y, s=70, color=colors((index - 1) % 20), edgecolor="white", zorder=3)
         axis.set_xscale("log")
         axis.set_xlabel("bytes of cache per token (log)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-        ticks = [t for t in (1, 2, 5, 10, 20, 50, 100) for t in (t * 1000,)]
+        ticks = [digit * 10**power for power in range(1, 7) for digit in (1, 2, 5)]
         low = min(r["bytes_per_token"] for r in rows)
         high = max(r["bytes_per_token"] for r in rows)
         ticks = [t for t in ticks if low / 1.3 <= t <= high * 1.3]
@@ -56,7 +55,8 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Any:
         axis.minorticks_off()
         axis.set_xlim(low / 1.25, high * 1.25)
     axes[0][0].set_yscale("symlog", linthresh=1.0)
-    axes[0][0].set_ylim(bottom=min(-0.5, *(panels[0][1](r) for r in rows)) - 0.2)
+    losses = [panels[0][1](r) for r in rows]
+    axes[0][0].set_ylim(min(0.0, *losses) - 0.15, max(1.0, *losses) * 1.5)
     for axis in axes[0][1:]:
         axis.set_ylim(-7, 107)
     handles = [
@@ -65,7 +65,26 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Any:
         for i, row in enumerate(rows)
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+    figure.canvas.draw()
+    for axis, (_, value) in zip(axes[0], panels):
+        _label(axis, [(r["bytes_per_token"], value(r), str(number[r["method"]])) for r in rows])
     return figure
+
+
+def _label(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Writes each point's number beside it, further up where another number already stands."""
+    taken: list[tuple[float, float]] = []
+    for x, y, text in sorted(points, key=lambda p: (p[1], p[0])):
+        left, base = axis.transData.transform((x, y))
+        shift = 0.0
+        while any(abs(left - a) < 18 and abs(base + shift - b) < 11 for a, b in taken):
+            shift += 4
+        taken.append((left, base + shift))
+        scale = 72 / axis.figure.dpi
+        axis.annotate(
+            text, (x, y), (6, 3 + shift * scale), textcoords="offset points", fontsize=8,
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "gray"} if shift else None,
+        )  # fmt: skip
 
 
 def write(

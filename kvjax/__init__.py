@@ -2,7 +2,7 @@
 
     import kvjax
     model, tokenizer = kvjax.load("smollm2-135m")
-    method = kvjax.compress.snapkv(keep=0.25, storage=kvjax.compress.kivi(bits=4))
+    method = kvjax.compress.snapkv(tokens=512, storage=kvjax.compress.kivi(bits=4))
     texts = kvjax.complete(model, tokenizer, ["The Python language"], method, new_tokens=32)
 
 `kvjax.cache` holds the ideas; `kvjax.compress` the published methods.

@@ -7,6 +7,7 @@ each keeping some tokens and passing the rest on. Codecs (`kvjax.codecs`): how a
 from kvjax.cache.attention import attend_new, attend_slots, received
 from kvjax.cache.axes import logical_axes
 from kvjax.cache.budgets import Budget, adaptive, pyramid, uniform
+from kvjax.cache.buffer import compact, take
 from kvjax.cache.cache import (
     Cache,
     attend,
@@ -21,14 +22,15 @@ from kvjax.cache.cache import (
     tokens_held,
 )
 from kvjax.cache.chain import Chain, Pending, chain
+from kvjax.cache.expected import expected_attention
+from kvjax.cache.fit import Fit
 from kvjax.cache.heavy import Absorb, heavy, nearest
 from kvjax.cache.prune import prune
-from kvjax.cache.readers import best_pages
+from kvjax.cache.readers import Reader, best_pages
 from kvjax.cache.ring import Window
 from kvjax.cache.scores import (
     Score,
     accumulated_attention,
-    expected_attention,
     key_difference,
     key_norm,
     newest_attention,
@@ -39,7 +41,7 @@ from kvjax.cache.scores import (
 from kvjax.cache.share import Share, share
 from kvjax.cache.stage import Carried, Column, Commit, Stage, Statistic
 from kvjax.cache.stages import by_position, first, prefix, recent
-from kvjax.cache.store import Fit, Reader, Store, store
+from kvjax.cache.store import Store, store
 from kvjax.cache.types import (
     KV,
     New,
@@ -88,6 +90,7 @@ __all__ = [
     "by_position",
     "chain",
     "commit",
+    "compact",
     "expected_attention",
     "finish",
     "first",
@@ -115,6 +118,7 @@ __all__ = [
     "span_of",
     "start",
     "store",
+    "take",
     "tokens_held",
     "uniform",
     "window_attention",

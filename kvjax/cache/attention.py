@@ -12,10 +12,9 @@ from jax import Array
 
 from kvjax.cache.types import KV, Observation, Partial, Query, merge, partial_attention, rotate
 
-# Slots read per step of the loop over a buffer: on two CPU cores 1,024 read about twice as fast per
-# slot as 256. A large buffer that holds no more than FEW is read by one short step, without loop.
-BLOCK = 1024
-FEW = 512
+# Numbers of keys (values) read per step of the loop over a buffer, at most: a step should fit the
+# caches of two CPU cores, and be long enough to outweigh what a step costs.
+NUMBERS = 3 * 2**17
 ROWS = 256
 
 
@@ -39,39 +38,54 @@ def layer_of(x: Array, layer: Array, start: Array | int = 0, size: int | None = 
     return jax.lax.dynamic_slice(x, starts, (1, *x.shape[1:3], size, *x.shape[4:]))[0]
 
 
+def block_size(row: int, unit: int = 1) -> int:
+    """Slots read per step, a multiple of `unit`: 128 to 1,024, fewer where each has more numbers.
+
+    Args:
+      row: numbers per slot, batch * heads * width.
+      unit: slots that cannot be read apart.
+    """
+    size = 1024
+    while size > 128 and size * row > NUMBERS:
+        size //= 2
+    return max(size // unit, 1) * unit
+
+
 def blockwise(
     query: Query,
     slots: int,
     used: Array | None,
     part: Callable[[Any, int, Any], Partial],
+    block: int,
     unit: int = 1,
 ) -> Partial:
     """Folds partials over blocks of a buffer, reading little more than the slots in use.
 
     Args:
-      slots: capacity, static.
+      slots: capacity, static, a multiple of `unit`.
       used: int32 scalar, slots [used, slots) are known to be empty; None: read all.
       part: (start, size, first) -> Partial over slots [start, start + size) that are at least
         `first`; a block that would leave the buffer starts earlier and skips what was read before.
-      unit: start and size are multiples of it, as slots is.
+      block, unit: see `block_size`.
     """
-    if slots <= BLOCK:
+    if slots <= block:
         return part(0, slots, 0)
-    few, size = (max(n // unit, 1) * unit for n in (FEW, BLOCK))
 
-    def block(first: Any) -> Partial:
-        return part(jnp.minimum(first, slots - size), size, first)
+    def read(first: Any) -> Partial:
+        return part(jnp.minimum(first, slots - block), block, first)
 
+    few = max(block // 2 // unit, 1) * unit
     none = jax.eval_shape(lambda: part(0, few, 0))
     none = Partial.identity(none.max.shape, none.out.shape[-1])
     if query.differentiable or used is None:
-        starts = jnp.arange(-(-slots // size)) * size
-        return jax.lax.scan(lambda done, i: (merge(done, block(i)), None), none, starts)[0]
+        starts = jnp.arange(-(-slots // block)) * block
+        return jax.lax.scan(lambda done, i: (merge(done, read(i)), None), none, starts)[0]
 
     def several() -> Partial:
-        step = lambda i, done: merge(done, block(i * size))  # noqa: E731
-        return jax.lax.fori_loop(0, (used + size - 1) // size, step, none)
+        step = lambda i, done: merge(done, read(i * block))  # noqa: E731
+        return jax.lax.fori_loop(0, (used + block - 1) // block, step, none)
 
+    # Buffers that hold little are read by one short step, without the loop.
     return jax.lax.cond(used <= few, lambda: part(0, few, 0), several)
 
 
@@ -121,7 +135,8 @@ def attend_slots(
         mix = (lambda p: dot_values(p, v)) if pair is None else (lambda p: pair.v.mix(p, v))
         return partial_attention(logits, mask, mix)
 
-    return query.ungroup(blockwise(query, slots, used, part))
+    block = block_size(query.q.shape[0] * heads * query.q.shape[3])
+    return query.ungroup(blockwise(query, slots, used, part, block))
 
 
 def attend_new(
@@ -163,8 +178,8 @@ def attend_new(
         ok = jnp.tile(allowed(i, ni, j, nj), (1, 1, groups, 1))
         return partial_attention(logits, ok, lambda p: dot_values(p, vj))
 
-    if rows == 1:
-        # One row sees itself: no softmax. (It must; a row that sees no key at all has no output.)
+    if rows == 1 and isinstance(mask, str):
+        # One row sees itself: no softmax.
         logit = query.cap(jnp.sum(query.grouped(query.q, heads).astype(jnp.float32) * k, -1))
         seen = pos[:, :, None] >= 0
         value = jnp.broadcast_to(v.astype(jnp.float32), (*logit.shape, v.shape[-1]))

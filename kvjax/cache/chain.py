@@ -89,9 +89,9 @@ class Chain:
         """State before a prompt of at most `spec.prompt` tokens (0: none, ready for tokens)."""
         whole = spec.whole_prompt or spec.prompt
         spec = spec.replace(unrotated=self.unrotated, whole_prompt=whole)
-        ready = self._init_stages(spec)  # raises whatever is wrong with the sizes, early
         if self.streaming or spec.prompt == 0:
-            return ready
+            return self._init_stages(spec)
+        jax.eval_shape(lambda: self._init_stages(spec))  # raises what is wrong with sizes, early
         names = tuple(column.name for column in self.columns)
         return Pending(
             buffer.empty(spec, spec.prompt, names),
@@ -194,8 +194,7 @@ class Chain:
             return self._push(place + 1, rest, over, context)
 
         if leaves is True or kv.size > buffer.FEW or context.stats:
-            # A finished prompt passes every stage: some fit themselves to it.
-            return (own, *flow(state[1:]))
+            return (own, *flow(state[1:]))  # a finished prompt passes every stage: some fit to it
         # Most single tokens move nothing: branch once, outside of all layers and rows. A stage's
         # own state stays outside: what a branch both reads and writes would be copied.
         return (own, *jax.lax.cond(leaves, flow, lambda rest: rest, state[1:]))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvjax.cache.attention import blockwise, layer_of
+from kvjax.cache.attention import block_size, blockwise, layer_of
 from kvjax.cache.buffer import put_rows
 from kvjax.cache.types import Partial, Query, Spec, merge, pytree
 
@@ -35,11 +35,11 @@ def per_layer(x: Array, layer: Array) -> Array:
 class Rectangle:
     """Every row and head has room for `slots` tokens: arrays [L, B, H, slots / block, ...].
 
-    Slots are read in multiples of `unit` tokens.
+    `unit` tokens are the fewest that can be read.
     """
 
     slots: int
-    unit: int = 1
+    unit: int
 
     @staticmethod
     def init(spec: Spec, slots: int, unit: int) -> Rectangle:
@@ -90,7 +90,8 @@ class Rectangle:
 
             return part(read, mask, q, rows)
 
-        return blockwise(query, self.slots, jnp.max(coded), block, self.unit)
+        size = block_size(q.shape[0] * q.shape[1] * q.shape[3], self.unit)
+        return blockwise(query, self.slots, jnp.max(coded), block, size, self.unit)
 
 
 @pytree("starts", "page")

@@ -10,8 +10,33 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.buffer import put_rows
-from kvjax.cache.store import Reader
 from kvjax.cache.types import Query, Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Which pages of a store a query reads; the others stay, unread. See `readers`."""
+
+    pages: int
+    page: int = 16
+
+    def init(self, spec: Spec, pages: int) -> Any:
+        """The index beside the entries; leaves [L, B, H, pages, ...]."""
+        raise NotImplementedError
+
+    def write(self, index: Any, number: Array, k: Array, valid: Array) -> Any:
+        """Notes pages. number: [L or 1, B, H or 1, M], -1 none; k: [L, B, H, M, page, D], rotated;
+        valid: bool, like k without D."""
+        raise NotImplementedError
+
+    def select(self, index: Any, query: Query, q: Array, complete: Array) -> Array:
+        """Page numbers to read, int32 [B, H, pages], -1 for none.
+
+        Args:
+          index: of one layer, leaves [B, H, pages, ...].
+          q: [B, H, R, D]. complete: int32 [B, H or 1], how many pages there are.
+        """
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

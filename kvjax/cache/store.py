@@ -12,57 +12,13 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.attention import dot_keys, dot_values
+from kvjax.cache.fit import Fit
 from kvjax.cache.paging import Pool, Rectangle, per_layer
+from kvjax.cache.readers import Reader
 from kvjax.cache.ring import Window
 from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
 from kvjax.codecs import Codec, PerKV, as_pair, dense
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """Constants of a codec that are found from the prompt itself, and then stay.
-
-    Attributes of subclasses: `statistics` that `finish` must have gathered.
-    """
-
-    @property
-    def statistics(self) -> tuple[Statistic, ...]:
-        return ()
-
-    def init(self, spec: Spec) -> dict[str, Array]:
-        """Neutral constants, by the names that the codec reads; each [L, B, H, ...]."""
-        raise NotImplementedError
-
-    def __call__(self, context: Commit) -> dict[str, Array]:
-        """The constants, from `context.stats`."""
-        raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """Which pages of a store a query reads; the others stay, unread. See `readers`."""
-
-    pages: int
-    page: int = 16
-
-    def init(self, spec: Spec, pages: int) -> Any:
-        """The index beside the entries; leaves [L, B, H, pages, ...]."""
-        raise NotImplementedError
-
-    def write(self, index: Any, number: Array, k: Array, valid: Array) -> Any:
-        """Notes pages. number: [L or 1, B, H or 1, M], -1 none; k: [L, B, H, M, page, D], rotated;
-        valid: bool, like k without D."""
-        raise NotImplementedError
-
-    def select(self, index: Any, query: Query, q: Array, complete: Array) -> Array:
-        """Page numbers to read, int32 [B, H, pages], -1 for none.
-
-        Args:
-          index: of one layer, leaves [B, H, pages, ...].
-          q: [B, H, R, D]. complete: int32 [B, H or 1], how many pages there are.
-        """
-        raise NotImplementedError
 
 
 @pytree("spec")
@@ -95,6 +51,8 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Store(Stage):
+    """See `store`."""
+
     codec: PerKV
     keys: Window
     values: Window

@@ -15,6 +15,7 @@ _HOMES = {
     "Tokenizer": "tokenizer",
     "cached_smollm2": "embedded",
     "fetch_smollm2": "embedded",
+    "init": "llama",
     "load": "loading",
     "load_tokenizer": "tokenizer",
     "save": "checkpoint",

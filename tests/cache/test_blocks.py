@@ -1,0 +1,60 @@
+"""Reading a buffer block by block gives what reading it whole gives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax.cache import KV, New, Window, attention, chain, commit, init_cache, recent, store
+from kvjax.cache.cache import attend
+from kvjax.cache.types import Query
+from kvjax.codecs import per_kv, quantize
+from kvjax.models.config import Config
+
+CONFIG = Config(vocab_size=8, width=16, mlp_width=16, layers=1, heads=2, kv_heads=1, head_dim=8)
+ROOM = 400
+# 20 tokens are coded together: no power of two is a whole number of such groups.
+GROUPED = store(per_kv(k=quantize(8, "channel", group=20), v=quantize(8)), values=Window(20))
+
+
+def read(transform, held: int, numbers: int, differentiable: bool, monkeypatch) -> np.ndarray:
+    monkeypatch.setattr(attention, "NUMBERS", numbers)
+    key = jax.random.key(held)
+    kv = KV(
+        jax.random.normal(key, (1, 1, 1, ROOM, 8)),
+        jax.random.normal(jax.random.fold_in(key, 1), (1, 1, 1, ROOM, 8)),
+        jnp.where(jnp.arange(ROOM) < held, jnp.arange(ROOM), -1)[None, None, None],
+    )
+
+    @jax.jit
+    def run(kv, q):
+        cache = init_cache(CONFIG, chain(transform), 1, ROOM)
+        cache = commit(cache, New(kv))
+        pos = jnp.full((1, 1), ROOM, jnp.int32)
+        rope = cache.constants["rope"][0]
+        query = Query(
+            q, q, pos, rope, jnp.int32(2**30), cache.constants, jnp.zeros((1,), jnp.int32),
+            differentiable=differentiable,
+        )  # fmt: skip
+        return attend(cache, jnp.int32(0), query, ((),))[0]
+
+    part = run(kv, jax.random.normal(jax.random.fold_in(key, 2), (1, 2, 1, 8)))
+    return np.concatenate([np.asarray(x).ravel() for x in dataclasses.astuple(part)])
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("transform", [store(), GROUPED, recent(ROOM)], ids=str)
+@pytest.mark.parametrize("held", [60, 399])
+def test_blocks_read_what_the_whole_holds(transform, held, differentiable, monkeypatch):
+    whole = read(transform, held, 2**20, differentiable, monkeypatch)
+    blocks = read(transform, held, 1, differentiable, monkeypatch)
+    np.testing.assert_allclose(blocks, whole, rtol=2e-6, atol=2e-6)
+
+
+def test_block_size_is_whole_units():
+    for row in (1, 192, 1536, 10**6):
+        for unit in (1, 16, 20, 32, 64, 96, 2000):
+            size = attention.block_size(row, unit)
+            assert size % unit == 0 and (unit <= size <= max(unit, 1024))
