@@ -167,13 +167,14 @@ def start(cache: Cache, pos: Array) -> tuple[Any, ...]:
     return tuple(t.start(state, pos) for t, state in zip(cache.transforms, cache.state))
 
 
-def attend(cache: Cache, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
+def attend(cache: Cache, layer: Array, query: Query, carry: Any = None) -> tuple[Partial, Any]:
     """Attention of the query rows of one layer over what the cache holds.
 
     Args:
       layer: int32 scalar, traced.
-      carry: threaded from layer to layer, beginning with `start(cache, positions)`.
+      carry: threaded from layer to layer, beginning with `start(cache, positions)` (None: that).
     """
+    carry = start(cache, query.pos) if carry is None else carry
     if len(cache.groups) == 1:
         part, own = cache.transforms[0].attend(cache.state[0], layer, query, carry[0])
         return part, (own,)
