@@ -208,6 +208,9 @@ def _ropes(read: _Reader, family: str, head_dim: int) -> tuple[RopeConfig, RopeC
     local = {}
     if "full_attention" in full or "sliding_attention" in full:
         full, local = full.get("full_attention") or {}, full.get("sliding_attention") or {}
+        for key, value in (("full_attention", full), ("sliding_attention", local)):
+            if not isinstance(value, dict):
+                raise read.fail(f"rope_parameters.{key}", value, "an object")
     partial = full.get("partial_rotary_factor")
     partial = read.get("partial_rotary_factor", 1.0) if partial is None else partial
     if type(partial) not in (int, float) or not 0 < partial <= 1:
