@@ -27,7 +27,7 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m kvjax.models.embedded
-	$(BIN)/python -m pytest -q
+	KVJAX_HYPOTHESIS=all $(BIN)/python -m pytest -q
 
 lint: setup
 	$(BIN)/python -m ruff format --check .
