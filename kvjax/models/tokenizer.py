@@ -55,8 +55,12 @@ class Tokenizer:
         return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=special)]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """The text of token ids; special tokens are left out unless `special`."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+        """The text of token ids; special tokens are left out unless `special`.
+
+        Negative ids (padding past the end of a generation) are no tokens.
+        """
+        kept = [i for i in map(int, ids) if i >= 0]
+        return self.backend.decode(kept, skip_special_tokens=not special)
 
     def decode_batch(self, rows: Iterable[Iterable[int]], *, special: bool = False) -> list[str]:
         """`decode` of each row."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvjax.cache import KV, New, Window, attention, chain, commit, init_cache, recent, store
-from kvjax.cache.cache import attend
+from kvjax.cache.cache import attend, start
 from kvjax.cache.types import Query
 from kvjax.codecs import per_kv, quantize
 from kvjax.models.config import Config
@@ -38,7 +38,7 @@ def read(transform, held: int, numbers: int, differentiable: bool, monkeypatch) 
             q, q, pos, rope, jnp.int32(2**30), cache.constants, jnp.zeros((1,), jnp.int32),
             differentiable=differentiable,
         )  # fmt: skip
-        return attend(cache, jnp.int32(0), query)[0]
+        return attend(cache, jnp.int32(0), query, start(cache, pos))[0]
 
     part = run(kv, jax.random.normal(jax.random.fold_in(key, 2), (1, 2, 1, 8)))
     return np.concatenate([np.asarray(x).ravel() for x in dataclasses.astuple(part)])
