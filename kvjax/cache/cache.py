@@ -85,7 +85,8 @@ def init_cache(
       dtype: of exact keys and values.
       exact_layers: layers that hold everything exactly whatever the transform (negative: from the
         end).
-      constants: arrays that the transform reads by name (calibration, shared prefixes).
+      constants: arrays that the transform reads by name (calibration, shared prefixes), their
+        first axis that of layers, or of size 1.
 
     Raises:
       ValueError: sizes that do not fit each other, the model or the transform.

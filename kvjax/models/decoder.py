@@ -12,7 +12,7 @@ from jax import Array
 
 from kvjax.cache.attention import attend_new
 from kvjax.cache.cache import Cache, attend, commit, rope_of, span_of, start
-from kvjax.cache.types import KV, PHASES, New, Observation, Phase, Query, Rope, merge, rotate
+from kvjax.cache.types import KV, PHASES, New, Observation, Phase, Query, merge, rotate
 from kvjax.models.config import Config
 from kvjax.models.llama import Layers, Model
 
@@ -224,14 +224,15 @@ def _fold(
 ) -> Any:
     """Commits one layer's rows to that layer's slice of the state."""
     one = jax.tree.map(lambda whole, cut: whole if cut is None else cut, cache.state[0], own)
-    rope: Rope = cache.constants["rope"]
+    layers = len(cache.groups[0])
+    cut = lambda x: x[index][None] if x.shape[0] == layers else x  # noqa: E731
     small = cache.replace(
         state=(_with_layers(one, 1),),
         groups=((0,),),
-        constants={**cache.constants, "rope": rope[index][None]},
+        constants=jax.tree.map(cut, cache.constants),
     )
     new = New(KV(k[None], v[None], positions[None, :, None].astype(jnp.int32)))
-    return _with_layers(commit(small, new, phase=phase).state[0], len(cache.groups[0]))
+    return _with_layers(commit(small, new, phase=phase).state[0], layers)
 
 
 def _with_layers(state: tuple[Any, ...], layers: int) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from kvjax.cache import (
     store,
     window_attention,
 )
-from kvjax.codecs import per_kv, quantize
+from kvjax.codecs import balance, compose, per_kv, quantize
 from kvjax.decode import (
     Sampler,
     extend,
@@ -124,10 +124,20 @@ def test_chunked_prefill_is_whole_prefill(model, tokens, name):
     np.testing.assert_array_equal(outs[0][1].tokens, outs[1][1].tokens)
 
 
-@pytest.mark.parametrize("name", [slow("dense"), "kivi"])
+@pytest.mark.parametrize("name", [slow("dense"), "kivi", "balanced"])
 def test_fold_is_forward_then_commit(model, tokens, name):
-    logits, folded = prefill(model, tokens, METHODS[name], lengths=LENGTHS, new_tokens=NEW)
-    cache = init_cache(CONFIG, METHODS[name], 2, PROMPT + NEW, PROMPT)
+    method, given = METHODS.get(name), None
+    if name == "balanced":  # a codec with constants of its own for every layer and head
+        codec = compose(balance(), quantize(8))
+        method = chain(store(codec))
+        given = {
+            n: 1.0 + jax.random.uniform(jax.random.key(8), (2, 1, 2, *spec.shape))
+            for n, spec in codec.constants_spec(8).items()
+        }
+    logits, folded = prefill(
+        model, tokens, method, lengths=LENGTHS, new_tokens=NEW, constants=given
+    )
+    cache = init_cache(CONFIG, method, 2, PROMPT + NEW, PROMPT, constants=given)
     out, new = run(model, tokens, positions_of(tokens, LENGTHS), cache, phase="prefill")
     cache = write(cache, new, phase="prefill")
     jax.tree.map(
