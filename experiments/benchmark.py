@@ -27,7 +27,6 @@ from experiments import common
 from kvjax import cache as kv
 from kvjax.compress import dense, kivi
 from kvjax.decode import generate, prefill
-from kvjax.decode.loop import _apart, _whole
 from kvjax.models import Config, Model, forward, load, save_pretrained
 from kvjax.models.llama import flatten, parameters
 
@@ -100,15 +99,15 @@ def filled(model: Model, case: Case) -> tuple[jax.Array, Any]:
     pos = jnp.broadcast_to(jnp.arange(case.held), (case.batch, case.held))
     key = jax.random.key(0)
     rows = kv.KV(jax.random.normal(key, shape), jax.random.normal(key, shape), pos[None, :, None])
-    moving, rest = _apart(cache)
+    moving, rest = kv.apart(cache)
 
     @jax.jit
     def fill(moving: Any, rows: Any) -> Any:
-        cache = kv.commit(_whole(moving, rest), kv.New(rows), phase="prefill")
-        return _apart(kv.finish(cache))[0]
+        cache = kv.commit(kv.together(moving, rest), kv.New(rows), phase="prefill")
+        return kv.apart(kv.finish(cache))[0]
 
     logits = jnp.zeros((case.batch, config.vocab_size)).at[:, 100].set(1.0)
-    return logits, _whole(fill(moving, rows), rest)
+    return logits, kv.together(fill(moving, rows), rest)
 
 
 def decoder(model: Model, case: Case, tokens: int) -> Callable[[], float]:
@@ -253,9 +252,9 @@ def timing(name: str, seconds: list[float], batch: int) -> dict[str, Any]:
 
 @functools.partial(jax.jit, donate_argnames=("moving",))
 def _step(model: Model, moving: Any, rest: Any, token: jax.Array) -> Any:
-    cache = _whole(moving, rest)
+    cache = kv.together(moving, rest)
     logits, new = forward(model, token, cache.length[:, None], cache)
-    return logits, _apart(kv.commit(cache, new))[0]
+    return logits, kv.apart(kv.commit(cache, new))[0]
 
 
 def compile_part(model: Model, results: Any) -> None:
@@ -288,7 +287,7 @@ def compile_part(model: Model, results: Any) -> None:
     )
     for name, chain in (("dense", dense()), ("kivi(bits=4)", kivi(bits=4))):
         cache = jax.eval_shape(lambda c=chain: kv.init_cache(config, c, 1, 8192))
-        moving, rest = _apart(cache)
+        moving, rest = kv.apart(cache)
         whole = jax.eval_shape(lambda: _blank(config))
         token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         compiled = _step.lower(whole, moving, rest, token).compile()

@@ -25,7 +25,6 @@ from experiments import common, report
 from kvjax import cache as kv
 from kvjax.compress import parse
 from kvjax.decode import extend, generate, positions_of, score
-from kvjax.decode.loop import _apart, _whole
 from kvjax.evaluate import agreement, found, load_text, needles, samples
 from kvjax.models import forward, load
 
@@ -108,7 +107,7 @@ def _forward(model: Any, tokens: Array, positions: Array, statistics: bool) -> A
 
 @jax.jit
 def _commit(moving: Any, rest: Any, new: Any) -> Any:
-    return _apart(kv.finish(kv.commit(_whole(moving, rest), new, phase="prefill")))[0]
+    return kv.apart(kv.finish(kv.commit(kv.together(moving, rest), new, phase="prefill")))[0]
 
 
 def exact_prefill(model: Any, tokens: Array, timed: bool) -> Exact:
@@ -128,13 +127,13 @@ def compressed(
     cache = kv.init_cache(
         config, chain, exact.batch, exact.time + room, prompt=exact.time, dtype=dtype
     )
-    moving, rest = _apart(cache)
+    moving, rest = kv.apart(cache)
     seconds = 0.0
     for _ in range(2 if timed else 1):  # the first call compiles
         start = time.perf_counter()
         out = jax.block_until_ready(_commit(moving, rest, exact.new))
         seconds = time.perf_counter() - start
-    return _whole(out, rest), seconds
+    return kv.together(out, rest), seconds
 
 
 def join(a: Any, b: Any) -> Any:

@@ -10,6 +10,7 @@ from kvjax.cache.budgets import Budget, adaptive, pyramid, uniform
 from kvjax.cache.buffer import compact, take
 from kvjax.cache.cache import (
     Cache,
+    apart,
     attend,
     commit,
     finish,
@@ -19,6 +20,7 @@ from kvjax.cache.cache import (
     rope_of,
     span_of,
     start,
+    together,
     tokens_held,
 )
 from kvjax.cache.chain import Chain, Pending, chain
@@ -83,6 +85,7 @@ __all__ = [
     "Window",
     "accumulated_attention",
     "adaptive",
+    "apart",
     "attend",
     "attend_new",
     "attend_slots",
@@ -119,6 +122,7 @@ __all__ = [
     "start",
     "store",
     "take",
+    "together",
     "tokens_held",
     "uniform",
     "window_attention",

@@ -62,6 +62,25 @@ class Cache:
         return all(t.streaming for t in self.transforms)
 
 
+def apart(cache: Cache) -> tuple[Any, Cache]:
+    """(what commits change: donate it; the rest: never donated). `together` is the inverse.
+
+    A jitted step takes both and donates the first, so that the cache is written in place:
+
+        @partial(jax.jit, donate_argnames="moving")
+        def step(model, moving, rest, tokens, positions):
+            cache = together(moving, rest)
+            logits, new = forward(model, tokens, positions, cache)
+            return logits, apart(commit(cache, new))[0]
+    """
+    return (cache.state, cache.length), cache.replace(state=None, length=None)
+
+
+def together(moving: Any, rest: Cache) -> Cache:
+    """The cache of which `apart` gave the parts."""
+    return rest.replace(state=moving[0], length=moving[1])
+
+
 def init_cache(
     config: Any,
     transform: Chain | Stage,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvjax.cache import Cache, Chain, Stage, commit, finish, init_cache
+from kvjax.cache import Cache, Chain, Stage, apart, commit, finish, init_cache, together
 from kvjax.cache.types import pytree
 from kvjax.decode.process import Processor, processors
 from kvjax.decode.sample import Sampler
@@ -22,15 +22,6 @@ def positions_of(tokens: Array, lengths: Array | None = None) -> Array:
     """Positions of right-padded prompts: int32 [B, T], -1 from each row's length on."""
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return index if lengths is None else jnp.where(index < lengths[:, None], index, -1)
-
-
-def _apart(cache: Cache) -> tuple[Any, Cache]:
-    """(what changes and may be donated, the rest)."""
-    return (cache.state, cache.length), cache.replace(state=None, length=None)
-
-
-def _whole(moving: Any, rest: Cache) -> Cache:
-    return rest.replace(state=moving[0], length=moving[1])
 
 
 @functools.partial(
@@ -48,17 +39,17 @@ def _extend(
     read: bool,
     logits: str,
 ) -> tuple[Array | None, Any]:
-    cache = _whole(moving, rest)
+    cache = together(moving, rest)
     out, new = forward(
         model, tokens, positions, cache, phase=phase, fold=fold, read=read, logits=logits
     )
     cache = new if fold else commit(cache, new, phase=phase)
-    return out, _apart(cache)[0]
+    return out, apart(cache)[0]
 
 
 @jax.jit
 def _finish(moving: Any, rest: Cache) -> Any:
-    return _apart(finish(_whole(moving, rest)))[0]
+    return apart(finish(together(moving, rest)))[0]
 
 
 def prefill(
@@ -141,7 +132,7 @@ def extend(
       (logits float32 [B, V] of each row's last token, cache).
     """
     fold = cache.streaming and len(cache.groups) == 1 and not cache.needs_attention
-    moving, rest = _apart(cache)
+    moving, rest = apart(cache)
     time = tokens.shape[1]
     size = time if chunk is None else min(chunk, time)
     best = jnp.full((tokens.shape[0],), -1, jnp.int32)
@@ -161,7 +152,7 @@ def extend(
         best = jnp.maximum(best, last)
     if phase == "prefill":
         moving = _finish(moving, rest)
-    return result, _whole(moving, rest)
+    return result, together(moving, rest)
 
 
 @pytree()
@@ -235,7 +226,7 @@ def generate(
         prompt = jnp.full((batch, 1), -1, jnp.int32) if prompt is None else jnp.asarray(prompt)
         state = processor.init(prompt, logits.shape[1])
         stopped, drawn = jnp.zeros((batch,), bool), jnp.zeros((), jnp.int32)
-    moving, rest = _apart(cache)
+    moving, rest = apart(cache)
     run = _generate_donating if donate else _generate
     out, moving = run(
         model, moving, rest, logits,
@@ -244,7 +235,9 @@ def generate(
         new_tokens=new_tokens, sampler=sampler, stop=stop, processor=processor,
     )  # fmt: skip
     tokens, logprobs, count, stopped, logits, state, drawn = out
-    return Generation(tokens, logprobs, count, stopped, logits, _whole(moving, rest), state, drawn)
+    return Generation(
+        tokens, logprobs, count, stopped, logits, together(moving, rest), state, drawn
+    )
 
 
 def _check_room(cache: Cache, more: int) -> None:
@@ -280,10 +273,10 @@ def _generate_body(
         ends = functools.reduce(jnp.logical_or, [token == s for s in stop], jnp.zeros_like(active))
         stopped = stopped | (active & ends)
         still = active & ~ends
-        cache = _whole(moving, rest)
+        cache = together(moving, rest)
         position = jnp.where(still, cache.length, -1)[:, None]
         out, new = forward(model, token[:, None], position, cache)
-        moving = _apart(commit(cache, new))[0]
+        moving = apart(commit(cache, new))[0]
         logits = jnp.where(still[:, None], out[:, 0], logits)
         still = still & (count < limit)
         return step + 1, moving, logits, state, tokens, logprobs, still, stopped, count
@@ -309,13 +302,13 @@ def _score(
 ) -> Any:
     def step(carry: Any, token: Array) -> Any:
         moving, logits = carry
-        cache = _whole(moving, rest)
+        cache = together(moving, rest)
         valid = token >= 0
         chosen = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], 1)[:, 0]
         logprob = jnp.where(valid, chosen - jax.nn.logsumexp(logits, -1), 0.0)
         position = jnp.where(valid, cache.length, -1)[:, None]
         out, new = forward(model, token[:, None], position, cache)
-        moving = _apart(commit(cache, new))[0]
+        moving = apart(commit(cache, new))[0]
         after = jnp.where(valid[:, None], out[:, 0], logits)
         return (moving, after), (logprob, logits if keep_logits else None)
 
@@ -347,9 +340,9 @@ def score(
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     _check_room(cache, tokens.shape[1])
-    moving, rest = _apart(cache)
+    moving, rest = apart(cache)
     logprobs, before, after, moving = _score(
         model, moving, rest, logits.astype(jnp.float32), tokens, keep_logits
     )
-    cache = _whole(moving, rest)
+    cache = together(moving, rest)
     return (logprobs, before, cache, after) if next_logits else (logprobs, before, cache)
