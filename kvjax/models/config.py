@@ -130,6 +130,7 @@ class Config:
       tied: whether the output head is the embedding.
       max_length: `max_position_embeddings`.
       bos, eos: token ids; `eos` may hold several.
+      mask_token: token id that stands for an unknown token in masked-diffusion models, or None.
     """
 
     vocab_size: int
@@ -160,6 +161,7 @@ class Config:
     max_length: int = 2048
     bos: int | None = None
     eos: tuple[int, ...] = ()
+    mask_token: int | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
