@@ -123,8 +123,7 @@ class _Names:
                     f"{self.folder}: tensor {full!r} has shape {tensor.shape}, but the "
                     f"configuration says {(rows, config.width)}"
                 )
-        turn = len(tensor.shape) == 2 and name != "embed"
-        return Piece(tensor, start, stop, transpose=turn)
+        return Piece(tensor, start, stop)
 
     def refuse_extra(self) -> None:
         """Tensors that nothing would read mean that the configuration is not theirs."""

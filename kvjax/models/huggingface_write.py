@@ -117,12 +117,9 @@ def _entries(config: Config, flat: dict[str, jax.Array]) -> Iterator[tuple]:
     def entry(hf_name: str, parts: list[tuple[str, int | None]]):
         def values() -> np.ndarray:
             arrays = [np.asarray(flat[n] if i is None else flat[n][i]) for n, i in parts]
-            turn = arrays[0].ndim == 2 and parts[0][0] != "embed"
-            return np.concatenate([a.T if turn else a for a in arrays])
+            return np.concatenate(arrays)
 
         shapes = [flat[n].shape[0 if i is None else 1 :] for n, i in parts]
-        if len(shapes[0]) == 2 and parts[0][0] != "embed":
-            shapes = [shape[::-1] for shape in shapes]
         shape = (sum(s[0] for s in shapes), *shapes[0][1:])
         return hf_name, np.dtype(flat[parts[0][0]].dtype), shape, values
 
