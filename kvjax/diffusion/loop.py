@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from kvjax.cache import Cache, apart, commit, init_cache, together
@@ -240,13 +239,12 @@ def _spread(x: Array, position: Array, width: int, empty: Any) -> Array:
     return jnp.full((x.shape[0], width), empty, x.dtype).at[rows, where].set(x, mode="drop")
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "predict", "mask_token", "schedule", "unmasker", "policy", "choice", "guided", "sizes",
-    ),
-    donate_argnames=("moving",),
+_static = (
+    "predict", "mask_token", "schedule", "unmasker", "policy", "choice", "guided", "sizes",
 )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=_static, donate_argnames=("moving",))
 def _denoise(
     model: Model | None, moving: Any, rest: Cache | None, canvas: Array, origin: Array,
     limit: Array, key: Array, guidance: Array, *, predict: Any, mask_token: int,

@@ -114,7 +114,8 @@ class Config:
 
     Attributes:
       family: Hugging Face `model_type` ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2",
-        "gemma3_text", "phi3", "llada"); names only how weights are stored, never read by the forward pass.
+        "gemma3_text", "phi3", "llada"); names only how weights are stored, never read by the
+        forward pass.
       width, mlp_width, layers, heads, kv_heads, head_dim: sizes D, F, L, Hq, H, d.
       norm_eps, norm_offset: RMSNorm epsilon; whether weights are stored as (w - 1) (Gemma).
       activation: "silu" or "gelu_tanh".

@@ -8,8 +8,7 @@ from tests.compress.harness import quick_jit
 
 @pytest.fixture(scope="package", autouse=True)
 def _compile_quickly():
-    static = "predict mask_token schedule unmasker policy choice guided sizes".split()
-    quick = quick_jit(loop._denoise.__wrapped__, static_argnames=static)
+    quick = quick_jit(loop._denoise.__wrapped__, static_argnames=loop._static)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_denoise", quick)
         yield

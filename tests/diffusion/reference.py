@@ -22,7 +22,7 @@ class Network:
         self.c = config
         self.p = {name: np.asarray(value, np.float64) for name, value in flat.items()}
         self.code = code  # what storing does to a key or value
-        self.store = {}
+        self.store, self.new = {}, {}
 
     def __call__(self, tokens, positions):
         """Logits [len(positions), V]; keys and values are left in `self.new` for `keep`."""
@@ -110,6 +110,7 @@ def generate(
       noise: (step, position) -> (uniform [V] in (0, 1), uniform scalar).
     """
     start, size = len(prompt), len(prompt) + new_tokens
+    blind = Network(network.c, network.p, network.code)  # the pass without the prompt
     x = list(prompt) + [mask] * new_tokens
     out = Row(x, [-1] * size)
     per_block = steps // (new_tokens // block)
@@ -128,14 +129,10 @@ def generate(
             frozen = before if delay else decoded
             active = [n for n in range(size) if whole or n not in frozen]
             logits = dict(zip(active, network(x, active)))
-            new = network.new
             if guidance:
                 other = [mask if n < start else x[n] for n in range(size)]
-                blind = dict(zip(active, network(other, active)))
-                logits = {
-                    n: blind[n] + (guidance + 1) * (logits[n] - blind[n]) for n in active
-                }
-            network.new = new
+                without = dict(zip(active, blind(other, active)))
+                logits = {n: without[n] + (guidance + 1) * (logits[n] - without[n]) for n in active}
             token, confidence = {}, {}
             for n in range(begin, end):
                 if x[n] != mask:
@@ -157,7 +154,8 @@ def generate(
             else:
                 chosen = best[:1] + [n for n in best[1:] if confidence[n] >= threshold]
             if refresh is not None and i > 0:
-                network.keep(decoded if delay else decoded | set(chosen))
+                for one in (network, blind):
+                    one.keep(decoded if delay else decoded | set(chosen))
             for n in chosen:
                 x[n], out.order[n] = token[n], out.steps
             out.steps += 1

@@ -12,9 +12,7 @@ from kvjax.models.llama import flatten, init
 from tests.diffusion import reference
 
 MASK, EOS, EOT = 40, 7, 9
-CONFIG = Config(
-    41, 32, 48, 2, 4, 2, 8, tied=False, bidirectional=True, mask_token=MASK, eos=(EOS,)
-)
+CONFIG = Config(41, 32, 48, 2, 4, 2, 8, tied=False, bidirectional=True, mask_token=MASK, eos=(EOS,))
 NEW, PROMPT, LENGTHS = 16, 7, (7, 4, 6)
 KEY = jax.random.key(5)
 
@@ -80,3 +78,40 @@ def test_llada(steps, block, how):
     passes = 2 if "guidance" in how else 1
     assert int(got.evaluations) == passes * max(row.steps for row in rows)
     assert int(got.computed) == int(got.evaluations) * batch * width
+
+
+@pytest.mark.parametrize(
+    ("steps", "block", "refresh", "delay", "how"),
+    [
+        (16, 16, 8, 1, {}),
+        (16, 8, 3, 1, {"remasking": "random", "temperature": 0.5}),
+        (12, 4, 99, 1, {"guidance": 0.5}),  # the second pass has its own rows in the cache
+        (8, 8, 3, 0, {}),
+    ],
+)
+def test_dkv_decode(steps, block, refresh, delay, how):
+    got, rows = both(
+        steps, block, refresh=refresh, delay=delay, cache=dkv_decode(refresh, delay), **how
+    )
+    same(got, rows)
+
+
+def test_threshold():
+    for value, cache in ((0.5, {}), (0.3, {"refresh": 2})):
+        policy = dkv_decode(2) if cache else no_cache()
+        got, rows = both(16, 8, threshold=value, unmasker=threshold(value), cache=policy, **cache)
+        same(got, rows)
+        assert len(set(got.steps.tolist())) > 1  # rows are out of step with each other
+
+
+def test_dkv_decode_at_four_bits():
+    codec = quantize(4, axis="token")
+    store = jax.jit(lambda x: codec.decode(codec.encode(x)))
+
+    def code(x):
+        return np.asarray(store(jnp.asarray(x, jnp.float32)[:, None])[:, 0], np.float64)
+
+    got, rows = both(16, 16, code, refresh=8, cache=dkv_decode(8, codec=codec))
+    same(got, rows)
+    exact, _ = both(16, 16, refresh=8, cache=dkv_decode(8))
+    assert got.order.tolist() != exact.order.tolist()  # four bits do change something here
