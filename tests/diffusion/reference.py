@@ -80,7 +80,7 @@ class Row:
     order: list
     steps: int = 0
     computed: int = 0
-    held: list = dataclasses.field(default_factory=list)  # per step, what was stored before it
+    active: list = dataclasses.field(default_factory=list)  # per step
 
 
 def generate(
@@ -118,16 +118,16 @@ def generate(
         end = begin + block
         masks = x[begin:end].count(mask)
         quotas = [masks // per_block + (i < masks % per_block) for i in range(per_block)]
-        network.store = {}
+        network.store, blind.store = {}, {}
         before, decoded = set(), set()
         for i in range(block if threshold is not None else per_block):
             if mask not in x[begin:end] or (threshold is None and quotas[i] == 0):
                 break
             before, decoded = decoded, {n for n in range(size) if x[n] != mask}  # D_{i-1}, D_i
-            out.held.append({n for _, n in network.store})
             whole = refresh is None or i <= 1 or i % refresh == 0
             frozen = before if delay else decoded
             active = [n for n in range(size) if whole or n not in frozen]
+            out.active.append(active)
             logits = dict(zip(active, network(x, active)))
             if guidance:
                 other = [mask if n < start else x[n] for n in range(size)]
