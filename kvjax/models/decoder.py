@@ -24,7 +24,7 @@ def forward(
     cache: Cache | None = None,
     *,
     phase: Phase = "decode",
-    mask: Array | str = "causal",
+    mask: Array | str | None = None,
     embeddings: Array | None = None,
     logits: Array | str = "all",
     statistics: bool | None = None,
@@ -44,7 +44,7 @@ def forward(
       cache: what was committed before; None: nothing.
       phase: "prefill", "append", "decode" or "verify"; static.
       mask: which new rows a new row sees: "causal" (at its position and before), "full", or bool
-        [B or 1, T, T] (row, key).
+        [B or 1, T, T] (row, key); None: "full" where the model is bidirectional, else "causal".
       embeddings: [B, T, D] in place of tokens.
       logits: rows whose logits to return: "all", "last" (the valid row of highest position),
         "none", or int32 [B, K] row indices.
@@ -64,6 +64,8 @@ def forward(
     config: Config = model.config
     if phase not in PHASES:
         raise ValueError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
+    if mask is None:
+        mask = "full" if config.bidirectional else "causal"
     if isinstance(mask, str) and mask not in ("causal", "full"):
         raise ValueError(f"mask={mask!r}: expected 'causal', 'full' or a bool array [B, T, T]")
     if (tokens is None) == (embeddings is None):
