@@ -24,10 +24,10 @@ class ListOperations:
     """Examples by index, each drawn from (seed, index) alone: a grain `RandomAccessDataSource`.
 
     An example is an operation on 4 to 16 different letters and its result, in a fixed layout of
-    `3 + 2 * max_items` tokens, so that an item's place in the prompt says its place in the answer:
+    `3 + 2 * slots` tokens, so that an item's place in the prompt says its place in the answer:
 
         operation  word  item ... item  _ ... _  =   item ... item  <eos> ... <eos>
-                         |--- max_items -------|     |--- max_items -------------|
+                         |------- slots -------|     |--------- slots -----------|
 
     `word` is the letter that takes the place of an item chosen at random under "replace" (it is
     none of the items), else "_". The answers: "copy", "reverse" and "sort" have one; "replace" has
@@ -36,9 +36,11 @@ class ListOperations:
     Attributes:
       size: number of examples. seed: of the set; sets of different seeds are drawn independently.
       operations: which, equally likely. min_items, max_items: list lengths, equally likely.
+      slots: of the layout; None: `max_items`.
 
     Raises:
-      ValueError: an operation is unknown, or the lengths are not 2 <= min <= max <= 25.
+      ValueError: an operation is unknown, the lengths are not 2 <= min <= max <= 25, or there are
+        fewer slots.
 
     Source: the list operations of ParallelBench (arXiv 2510.04767) on letters, in a layout of one
     token per item as its check of the theory has it.
@@ -55,6 +57,7 @@ class ListOperations:
     operations: tuple[str, ...] = OPERATIONS
     min_items: int = 4
     max_items: int = 16
+    slots: int | None = None
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.operations if name not in OPERATIONS]:
@@ -68,11 +71,15 @@ class ListOperations:
                 f"min_items={self.min_items}, max_items={self.max_items}: expected "
                 f"2 <= min_items <= max_items < {ITEMS}"
             )
+        if self.slots is None:
+            object.__setattr__(self, "slots", self.max_items)
+        if self.slots < self.max_items:
+            raise ValueError(f"slots={self.slots}: expected at least max_items={self.max_items}")
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the answer; the answer has `max_items`."""
-        return 3 + self.max_items
+        """Tokens before the answer; the answer has `slots`."""
+        return 3 + self.slots
 
     def __len__(self) -> int:
         return self.size
@@ -92,7 +99,7 @@ class ListOperations:
         count = int(random.integers(self.min_items, self.max_items + 1))
         letters = random.permutation(ITEMS)[: count + 1] + _ITEM
         given, word = letters[:count], letters[count]
-        tokens = np.full(self.prompt_length + self.max_items, BLANK, np.int32)
+        tokens = np.full(self.prompt_length + self.slots, BLANK, np.int32)
         tokens[0] = VOCABULARY.index(name)
         tokens[1] = word if name == "replace" else BLANK
         tokens[2 : 2 + count] = given
@@ -128,7 +135,7 @@ def correct(tokens: np.ndarray) -> np.ndarray:
     """Whether answers are right: any that the operation allows, with <eos> in every later place.
 
     Args:
-      tokens: int [B, 3 + 2 * max_items], in the layout of `ListOperations`, answers filled in.
+      tokens: int [B, 3 + 2 * slots], in the layout of `ListOperations`, answers filled in.
 
     Returns:
       bool [B].

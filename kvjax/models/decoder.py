@@ -32,6 +32,7 @@ def forward(
     fold: bool = False,
     read: bool = True,
     differentiable: bool = False,
+    remat: bool = False,
 ) -> Any:
     """Runs new rows through the model, attending to the cache and to each other.
 
@@ -55,6 +56,7 @@ def forward(
         new keys and values exist at a time. Returns (logits, cache) in place of (logits, new).
       read: False: the cache is known to be empty (the first chunk of a prompt), do not read it.
       differentiable: attention loops of static length, for reverse-mode gradients.
+      remat: for these keep each layer's input only, and compute the rest again on the way back.
 
     Returns:
       (logits float32 [B, K, V] or None, new). Logits of padding rows are meaningless and finite.
@@ -124,7 +126,9 @@ def forward(
     indices = jnp.arange(config.layers, dtype=jnp.int32)
     own = _slices(cache) if fold else None
     (x, _), (out, inputs) = jax.lax.scan(
-        block, (x, carry), (model.layers, indices, rope, span, own)
+        jax.checkpoint(block, prevent_cse=False) if remat else block,
+        (x, carry),
+        (model.layers, indices, rope, span, own),
     )
     result = _logits(model, x, positions, logits)
     if fold:
