@@ -25,7 +25,8 @@ from experiments.common import setting
 from kvjax.cache import nbytes
 from kvjax.codecs import per_kv, quantize
 from kvjax.compress import parse
-from kvjax.data.list_operations import OPERATIONS, ListOperations, correct
+from kvjax.data import ListOperations
+from kvjax.data.list_operations import OPERATIONS, correct
 from kvjax.diffusion import (
     Choice,
     DiffusionCache,
@@ -39,6 +40,7 @@ from kvjax.diffusion import (
     threshold,
 )
 from kvjax.diffusion.choose import CONFIDENCES
+from kvjax.evaluate import ideal_accuracy
 from kvjax.models import load
 
 UNMASKERS = {f.__name__: f for f in (quota, threshold, factor)}
@@ -56,6 +58,7 @@ flags.DEFINE_string(
     "Expressions separated by semicolons; no_cache always runs, first.",
 )
 flags.DEFINE_integer("items", 16, "Items of every list.", lower_bound=2)
+flags.DEFINE_integer("slots", 16, "Places for items in the model's layout.", lower_bound=2)
 flags.DEFINE_integer("block", 16, "Positions per block.", lower_bound=1)
 flags.DEFINE_enum("confidence", "probability", CONFIDENCES, "What is committed first.")
 flags.DEFINE_float("temperature", 0.0, "Of the tokens; 0: greedy.", lower_bound=0.0)
@@ -70,6 +73,7 @@ FLAGS = flags.FLAGS
 COLUMNS = {
     "method": "task, unmasker, cache",
     "accuracy": "accuracy|.1%",
+    "ideal": "ideal drawn|.1%",
     "evaluations": "evaluations|.2f",
     "tokens_per_evaluation": "tokens/eval|.2f",
     "positions_active": "active|.0f",
@@ -78,9 +82,10 @@ COLUMNS = {
     "tokens_per_second": "tokens/s|,.0f",
     "ratio_to_uncached": "x uncached|.2f",
 }
+PER_STEP = " per step"
 SETTINGS = (
-    "model", "tasks", "items", "block", "confidence", "temperature", "examples", "batch", "rounds",
-    "seed",
+    "model", "tasks", "items", "slots", "block", "confidence", "temperature", "examples", "batch",
+    "rounds", "seed",
 )  # fmt: skip
 OTHERS = ("tokens_per_step", "unmaskers", "caches", "out", "compile_cache")
 
@@ -99,7 +104,7 @@ class Job:
         for task in settings["tasks"]:
             source = ListOperations(
                 settings["examples"], settings["seed"], (task,), settings["items"],
-                settings["items"],
+                settings["items"], settings["slots"],
             )  # fmt: skip
             self.origin = source.prompt_length
             examples = [source[i] for i in range(len(source))]
@@ -171,11 +176,18 @@ def settings_of(values: Any) -> dict[str, Any]:
     chosen = {name: setting(values, name) for name in SETTINGS}
     if not chosen["tasks"] or set(chosen["tasks"]) - set(OPERATIONS):
         raise ValueError(f"tasks={chosen['tasks']}: expected some of {', '.join(OPERATIONS)}")
+    if chosen["items"] % min(chosen["block"], chosen["items"]):
+        raise ValueError(
+            f"block={chosen['block']}: expected a divisor of items={chosen['items']}, or more"
+        )
     return chosen
 
 
 def decoders(values: Any, block: int) -> list[tuple[str, Unmasker]]:
     """(label, unmasker) for every number of tokens per step, and the further ones.
+
+    Args:
+      block: masks of a block.
 
     Raises:
       ValueError: a number of tokens that is none, or an expression that does not parse.
@@ -184,7 +196,7 @@ def decoders(values: Any, block: int) -> list[tuple[str, Unmasker]]:
     for text in setting(values, "tokens_per_step"):
         if not text.strip().isdecimal() or not 1 <= int(text) <= block:
             raise ValueError(f"tokens_per_step: {text!r} is no integer from 1 to {block}")
-        found[f"{int(text)} per step"] = quota(-(-block // int(text)))
+        found[f"{int(text)}{PER_STEP}"] = quota(-(-block // int(text)))
     if (text := setting(values, "unmaskers")).strip():
         found |= dict(parse(text, UNMASKERS, "unmaskers"))
     if not found:
@@ -226,7 +238,7 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Any:
         for task, cache in lines:
             mine = [r for r in rows if (r["task"], r["cache"]) == (task, cache)]
             for quotas in (True, False):
-                own = [r for r in mine if r["unmasker"].endswith("per step") == quotas]
+                own = [r for r in mine if r["unmasker"].endswith(PER_STEP) == quotas]
                 own.sort(key=lambda r: r["tokens_per_evaluation"])
                 if own:
                     axis.plot(
@@ -254,7 +266,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
         settings = settings_of(FLAGS)
-        unmaskers = decoders(FLAGS, settings["block"])
+        unmaskers = decoders(FLAGS, min(settings["block"], settings["items"]))
         caches = policies(FLAGS)
         out = setting(FLAGS, "out")
         results = common.Results(out, settings)
@@ -274,6 +286,9 @@ def main(argv: list[str]) -> None:
                 if results.get(row["method"]) is not None:
                     continue
                 row |= {"task": task, "unmasker": label, "cache": name}
+                if label.endswith(PER_STEP):
+                    number = int(label.removesuffix(PER_STEP))
+                    row["ideal"] = ideal_accuracy(task, settings["items"], number)
                 try:
                     row |= job.run(task, unmasker, cache)
                 except Exception as error:  # one decoder's failure must not cost the others
