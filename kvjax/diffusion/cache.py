@@ -93,6 +93,9 @@ class DKVDecode(DiffusionCache):
         if self.delay not in (0, 1):
             raise ValueError(f"dkv_decode(delay={self.delay}): expected 0 or 1")
 
+    def sizes(self, width: int, block: int) -> tuple[int, ...]:
+        return (width,) if self.refresh == 1 else super().sizes(width, block)
+
     def active(self, view: View) -> Array:
         # The first step of a block stores nothing, so the second must compute all again.
         full = (view.index <= 1) | (view.index % self.refresh == 0)

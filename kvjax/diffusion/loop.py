@@ -143,6 +143,10 @@ def denoise(
     Source: Large Language Diffusion Models, arXiv 2502.09992. Where LLaDA goes through its steps in
     any case, steps that can commit nothing are left out here. A token that is itself the mask token
     stays a mask and is not returned to once its block is over; `Choice.suppress` prevents it.
+
+    >>> always = lambda tokens: jnp.zeros((*tokens.shape, 5)).at[..., 3].set(1.0)
+    >>> denoise(always, jnp.array([[1, 4, 4]]), mask_token=4).tokens.tolist()
+    [[1, 3, 3]]
     """
     canvas = jnp.asarray(canvas, jnp.int32)
     if canvas.ndim != 2:
@@ -173,6 +177,7 @@ def denoise(
         held = init_cache(model.config, cache.storage(width), rows, width, dtype=dtype)
     moving, rest = (None, None) if held is None else apart(held)
     limit = jnp.full((batch,), width) if lengths is None else jnp.asarray(lengths)
+    limit = jnp.minimum(limit, width)
     origin = jnp.broadcast_to(jnp.asarray(origin, jnp.int32), (batch,))
     out, moving = _denoise(
         model if network else None, moving, rest, canvas, origin, limit.astype(jnp.int32),
@@ -200,6 +205,7 @@ class _Loop:
     evaluations: Array
     active: Array
     computed: Array
+    memory: Any  # the unmasker's
     moving: Any
 
     @property
@@ -302,7 +308,8 @@ def _denoise(
         view = view.replace(total=jnp.where(opening, count, view.total))
         candidate = view.candidates & running[:, None]
         prediction = Prediction(token, jnp.where(candidate, confidence, -jnp.inf))
-        chosen = unmasker.select(view, prediction) & candidate
+        chosen, memory = unmasker.select(view, prediction, s.memory)
+        chosen &= candidate
 
         moving = s.moving
         if moving is not None:
@@ -331,6 +338,7 @@ def _denoise(
             s.evaluations + passes,
             s.active + passes * jnp.sum(active, 1, dtype=jnp.int32),
             s.computed + passes * batch * size,
+            memory,
             moving,
         )
 
@@ -348,7 +356,7 @@ def _denoise(
     view = _open(view, schedule, origin)
     nothing = jnp.zeros((), jnp.int32)
     order = jnp.full((batch, width), -1, jnp.int32)
-    s = _Loop(view, order, zero, nothing, zero, nothing, moving)
+    s = _Loop(view, order, zero, nothing, zero, nothing, unmasker.init(view), moving)
     s = run(s) if len(sizes) == 1 else jax.lax.while_loop(lambda s: jnp.any(s.running), run, s)
     tokens = jnp.where(s.view.inside, s.view.tokens, -1)
     return (tokens, s.order, s.steps, s.evaluations, s.active, s.computed), s.moving

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -15,15 +16,20 @@ class Unmasker:
     """Chooses the candidates to commit. A value with pure methods.
 
     The loop calls `select` at every step and commits what it returns among the candidates. Ties of
-    confidence go to the lower position.
+    confidence go to the lower position. Positions are those of the canvas, in sequence order, however
+    few of them were computed.
     """
+
+    def init(self, view: View) -> Any:
+        """What is remembered from step to step: a pytree, each array [B, ...]."""
+        return ()
 
     def limit(self, size: int) -> int:
         """The most steps that a block of `size` positions may take."""
         return size
 
-    def select(self, view: View, prediction: Prediction) -> Array:
-        """bool [B, N], positions to commit; view.candidates are those to choose from."""
+    def select(self, view: View, prediction: Prediction, state: Any) -> tuple[Array, Any]:
+        """(bool [B, N], positions to commit; state). view.candidates are those to choose from."""
         raise NotImplementedError
 
 
@@ -53,10 +59,10 @@ class Quota(Unmasker):
     def limit(self, size: int) -> int:
         return self.steps
 
-    def select(self, view: View, prediction: Prediction) -> Array:
+    def select(self, view: View, prediction: Prediction, state: Any) -> tuple[Array, Any]:
         extra = view.index < view.total % self.steps
         count = view.total // self.steps + extra
-        return ranks(prediction.confidence) < count[:, None]
+        return ranks(prediction.confidence) < count[:, None], state
 
 
 def quota(steps: int) -> Quota:
@@ -78,8 +84,8 @@ def quota(steps: int) -> Quota:
 class Threshold(Unmasker):
     value: float
 
-    def select(self, view: View, prediction: Prediction) -> Array:
-        return at_least_one(prediction.confidence >= self.value, prediction)
+    def select(self, view: View, prediction: Prediction, state: Any) -> tuple[Array, Any]:
+        return at_least_one(prediction.confidence >= self.value, prediction), state
 
 
 def threshold(value: float = 0.9) -> Threshold:
@@ -100,11 +106,11 @@ class Factor(Unmasker):
         if self.value < 0:
             raise ValueError(f"factor(value={self.value}): at least 0")
 
-    def select(self, view: View, prediction: Prediction) -> Array:
+    def select(self, view: View, prediction: Prediction, state: Any) -> tuple[Array, Any]:
         rank = ranks(prediction.confidence)
         # The bound rises with the rank and confidence falls: those above it are a prefix.
         bound = 1.0 - self.value / (rank + 2.0)
-        return at_least_one(prediction.confidence >= bound, prediction)
+        return at_least_one(prediction.confidence >= bound, prediction), state
 
 
 def factor(value: float = 1.0) -> Factor:

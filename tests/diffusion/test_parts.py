@@ -1,5 +1,6 @@
 """Laws of schedules, unmaskers and choices, on predictors that need no network."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,7 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax import diffusion
-from kvjax.diffusion import Choice, Prediction, View, blocks, denoise, factor, quota, threshold
+from kvjax.codecs import quantize
+from kvjax.diffusion import (
+    BlockSchedule,
+    Choice,
+    Prediction,
+    Unmasker,
+    View,
+    blocks,
+    denoise,
+    factor,
+    quota,
+    ranks,
+    threshold,
+)
 from kvjax.models import Config
 from kvjax.models.llama import init
 
@@ -22,7 +36,8 @@ WIDTH, VOCABULARY, MASK = 12, 17, 0
 def fixed(seed=0):
     """A predictor whose logits [N, V] do not depend on the tokens."""
     logits = 2.0 * np.random.default_rng(seed).standard_normal((WIDTH, VOCABULARY))
-    return jnp.asarray(logits, jnp.float32).at[:, MASK].set(-jnp.inf)
+    logits[:, MASK] = -np.inf
+    return logits.astype(np.float32)
 
 
 def predict(tokens):
@@ -39,7 +54,7 @@ EMPTY = np.zeros((1, WIDTH), np.int32)
 def test_a_block_of_one_is_left_to_right():
     out = run(EMPTY, schedule=blocks(1))
     assert out.order[0].tolist() == list(range(WIDTH)) and out.steps.tolist() == [WIDTH]
-    assert out.tokens[0].tolist() == jnp.argmax(fixed(), -1).tolist()
+    assert out.tokens[0].tolist() == fixed().argmax(-1).tolist()
 
 
 def test_given_tokens_stay_and_blocks_without_masks_take_no_step():
@@ -70,7 +85,7 @@ def select(unmasker, confidence, index, total):
     row = jnp.zeros((batch,), jnp.int32)
     mask = jnp.isfinite(confidence)
     view = View(mask * 0, mask, mask, row, row + WIDTH, row, row + WIDTH, index, total)
-    return unmasker.select(view, Prediction(mask * 0, confidence))
+    return unmasker.select(view, Prediction(mask * 0, confidence), ())[0]
 
 
 UNMASKERS = (quota(3), quota(5), quota(20), threshold(0.4), factor(0.5), factor(1.0))
@@ -119,8 +134,46 @@ def test_limits_of_threshold_and_factor():
     assert steps == sorted(steps) and len(set(steps)) > 2
 
 
+@dataclasses.dataclass(frozen=True)
+class Alternating(Unmasker):
+    """An unmasker of one's own, with memory: one, then two, then one, ... most confident."""
+
+    def init(self, view):
+        return jnp.zeros(view.limit.shape, jnp.int32)
+
+    def select(self, view, prediction, state):
+        return ranks(prediction.confidence) < 1 + (state % 2)[:, None], state + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class UpToTheSurest(BlockSchedule):
+    """A schedule of one's own: a block ends behind the most confident of the next masks."""
+
+    def begin(self, view, after, first):
+        return first
+
+    def end(self, view, prediction):
+        return jnp.argmax(prediction.confidence, 1).astype(jnp.int32) + 1
+
+
+def test_parts_of_ones_own():
+    out = run(np.zeros((2, WIDTH), np.int32), unmasker=Alternating(), lengths=jnp.array([12, 7]))
+    assert np.bincount(np.asarray(out.order)[0]).tolist() == [1, 2, 1, 2, 1, 2, 1, 2]
+    assert np.bincount(np.asarray(out.order)[1, :7]).tolist() == [1, 2, 1, 2, 1]
+    p = np.exp(fixed().astype(np.float64))
+    p = (p / p.sum(-1, keepdims=True)).max(-1)
+    begin, expected, step = 0, [], 0
+    while begin < WIDTH:
+        end = begin + int(p[begin : begin + 5].argmax()) + 1
+        order = sorted(range(begin, end), key=lambda n: -p[n])
+        expected += [step + order.index(n) for n in range(begin, end)]
+        step, begin = step + end - begin, end
+    out = run(EMPTY, schedule=UpToTheSurest(5), unmasker=threshold(1.01))
+    assert out.order[0].tolist() == expected
+
+
 def test_measures_of_confidence():
-    logits = np.asarray(fixed(3))[None]
+    logits = fixed(3)[None]
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(-1, keepdims=True)
     position, keys = jnp.arange(WIDTH)[None] + 5, jax.random.split(jax.random.key(0), (1, WIDTH))
@@ -149,7 +202,7 @@ def test_measures_of_confidence():
 
 
 def test_temperature_draws_from_the_softmax():
-    logits = jnp.broadcast_to(fixed(4)[:1], (1, 20_000, VOCABULARY))
+    logits = jnp.broadcast_to(jnp.asarray(fixed(4)[:1]), (1, 20_000, VOCABULARY))
     keys = jax.random.split(jax.random.key(1), (1, 20_000))
     token, _ = jax.jit(Choice(temperature=1.5))(logits, jnp.zeros((1, 20_000)), keys)
     share = np.bincount(np.asarray(token)[0], minlength=VOCABULARY) / 20_000
@@ -167,7 +220,7 @@ def shuffle(tokens):
 def test_shuffle_by_parallel_draws_is_as_often_right_as_theory_says():
     """Sampling k of m items independently: P(m, k) / m^k per step (ParallelBench, 2510.04767)."""
     rows, choice = 4000, Choice(temperature=1.0, confidence="random")
-    for k in (1, 2, 3):
+    for k in (1, 3):
         out = run(
             np.zeros((rows, WIDTH), np.int32), shuffle, unmasker=quota(WIDTH // k), choice=choice,
             key=jax.random.key(k),
@@ -190,7 +243,10 @@ CAUSAL = Config(VOCABULARY, 8, 8, 1, 1, 1, 8, mask_token=MASK)
         (lambda: factor(-1), "value=-1"),
         (lambda: diffusion.dkv_decode(0), "refresh=0"),
         (lambda: diffusion.dkv_decode(4, delay=2), "delay=2"),
-        (lambda: diffusion.dkv_decode(codec=diffusion_group()), "coded? 4 tokens together|codes 4"),
+        (
+            lambda: diffusion.dkv_decode(codec=quantize(4, axis="channel", group=4)),
+            "codes 4 tokens together",
+        ),
         (lambda: diffusion.llada(30, 10, 8), "new_tokens=30.*block=8"),
         (lambda: diffusion.llada(32, 10, 8), "steps=10.*4"),
         (lambda: Choice(temperature=-1), "temperature=-1"),
@@ -208,9 +264,3 @@ CAUSAL = Config(VOCABULARY, 8, 8, 1, 1, 1, 8, mask_token=MASK)
 def test_refusals(call, match):
     with pytest.raises(ValueError, match=match):
         call()
-
-
-def diffusion_group():
-    from kvjax.codecs import quantize
-
-    return quantize(4, axis="channel", group=4)
