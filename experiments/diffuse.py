@@ -29,6 +29,7 @@ from kvjax.data import ListOperations
 from kvjax.data.list_operations import OPERATIONS, correct
 from kvjax.diffusion import (
     Choice,
+    Denoised,
     DiffusionCache,
     Unmasker,
     blocks,
@@ -45,20 +46,27 @@ from kvjax.models import load
 
 UNMASKERS = {f.__name__: f for f in (quota, threshold, factor)}
 CACHES = {f.__name__: f for f in (no_cache, dkv_decode, quantize, per_kv)}
+SPEED = "speed"
 OWN = pathlib.Path(__file__).parent / "checkpoints" / "list_operations"
 
 config_flags.DEFINE_config_file("config", None, "An ml_collections file; flags given win over it.")
 flags.DEFINE_string("model", "", "A bidirectional model for kvjax.load; empty: the one kept here.")
-flags.DEFINE_list("tasks", ["copy", "shuffle"], f"Some of {', '.join(OPERATIONS)}.")
+flags.DEFINE_list(
+    "tasks",
+    ["copy", "shuffle"],
+    f"Some of {', '.join(OPERATIONS)}; {SPEED}: prompts of random tokens, no accuracy.",
+)
 flags.DEFINE_list("tokens_per_step", ["1", "2", "4", "8"], "One quota each.")
 flags.DEFINE_string("unmaskers", "threshold(value=0.9)", "Further ones, separated by semicolons.")
 flags.DEFINE_string(
     "caches",
-    "dkv_decode(refresh=4); dkv_decode(refresh=4, codec=quantize(bits=4, axis='token'))",
+    "dkv_decode(refresh=8); dkv_decode(refresh=8, codec=quantize(bits=4, axis='token'))",
     "Expressions separated by semicolons; no_cache always runs, first.",
 )
 flags.DEFINE_integer("items", 16, "Items of every list.", lower_bound=2)
 flags.DEFINE_integer("slots", 16, "Places for items in the model's layout.", lower_bound=2)
+flags.DEFINE_integer("prompt", 256, f"Tokens of a prompt of {SPEED}.", lower_bound=1)
+flags.DEFINE_integer("new_tokens", 256, f"Masks after a prompt of {SPEED}.", lower_bound=1)
 flags.DEFINE_integer("block", 16, "Positions per block.", lower_bound=1)
 flags.DEFINE_enum("confidence", "probability", CONFIDENCES, "What is committed first.")
 flags.DEFINE_float("temperature", 0.0, "Of the tokens; 0: greedy.", lower_bound=0.0)
@@ -84,8 +92,8 @@ COLUMNS = {
 }
 PER_STEP = " per step"
 SETTINGS = (
-    "model", "tasks", "items", "slots", "block", "confidence", "temperature", "examples", "batch",
-    "rounds", "seed",
+    "model", "tasks", "items", "slots", "prompt", "new_tokens", "block", "confidence",
+    "temperature", "examples", "batch", "rounds", "seed",
 )  # fmt: skip
 OTHERS = ("tokens_per_step", "unmaskers", "caches", "out", "compile_cache")
 
@@ -100,28 +108,40 @@ class Job:
             raise ValueError(f"model={settings['model']!r}: expected a bidirectional model")
         mask = self.model.config.mask_token
         self.choice = Choice(settings["temperature"], settings["confidence"], suppress=(mask,))
-        self.canvases = {}
-        for task in settings["tasks"]:
-            source = ListOperations(
-                settings["examples"], settings["seed"], (task,), settings["items"],
-                settings["items"], settings["slots"],
-            )  # fmt: skip
-            self.origin = source.prompt_length
-            examples = [source[i] for i in range(len(source))]
-            tokens = np.stack([example["tokens"] for example in examples])
-            items = np.stack([example["items"] for example in examples])
-            self.canvases[task] = np.where(items, mask, tokens).astype(np.int32)
+        self.canvases = {task: self.canvas(task, mask) for task in settings["tasks"]}
 
-    def decode(self, canvas: np.ndarray, unmasker: Unmasker, cache: DiffusionCache, key: int = 0):
+    def canvas(self, task: str, mask: int) -> tuple[np.ndarray, int, int]:
+        """(tokens int32 [examples, N] with masks, where answers begin, masks per answer)."""
+        settings = self.settings
+        if task == SPEED:
+            prompt, new = settings["prompt"], settings["new_tokens"]
+            draw = np.random.default_rng(settings["seed"])
+            others = np.delete(np.arange(self.model.config.vocab_size), mask)
+            tokens = draw.choice(others, (min(settings["batch"], settings["examples"]), prompt))
+            tokens = np.pad(tokens, ((0, 0), (0, new)), constant_values=mask)
+            return tokens.astype(np.int32), prompt, new
+        items = settings["items"]
+        source = ListOperations(
+            settings["examples"], settings["seed"], (task,), items, items, settings["slots"]
+        )
+        examples = [source[i] for i in range(len(source))]
+        tokens = np.stack([example["tokens"] for example in examples])
+        hidden = np.stack([example["items"] for example in examples])
+        return np.where(hidden, mask, tokens).astype(np.int32), source.prompt_length, items
+
+    def decode(
+        self, task: str, canvas: Any, unmasker: Unmasker, cache: DiffusionCache, key: int = 0
+    ) -> Denoised:
         return denoise(
-            self.model, canvas, self.origin, schedule=blocks(self.settings["block"]),
+            self.model, canvas, self.canvases[task][1], schedule=blocks(self.settings["block"]),
             unmasker=unmasker, cache=cache, choice=self.choice,
             key=jax.random.fold_in(jax.random.key(self.settings["seed"]), key),
         )  # fmt: skip
 
     def run(self, task: str, unmasker: Unmasker, cache: DiffusionCache) -> dict[str, Any]:
         """All figures of one decoder on one task."""
-        canvas, batch = self.canvases[task], min(self.settings["batch"], self.settings["examples"])
+        canvas, _, masks = self.canvases[task]
+        batch = min(self.settings["batch"], len(canvas))
         right, evaluations, active, computed = [], [], [], 0
         for start in range(0, len(canvas), batch):
             part = canvas[start : start + batch]
@@ -130,33 +150,33 @@ class Job:
                 np.pad(part, ((0, more), (0, 0)), mode="edge"), unmasker, cache, start
             )
             right.append(correct(np.asarray(out.tokens)[: len(part)]))
-            evaluations.append(np.asarray(out.steps)[: len(part)])
-            active.append(np.asarray(out.active)[: len(part)])
-            computed += int(out.computed) / batch * len(part)
+            evaluations.append(np.asarray(out.steps)[: batch - more])
+            active.append(np.asarray(out.active)[: batch - more])
+            computed += int(out.computed) / batch * (batch - more)
         evaluations = float(np.mean(np.concatenate(evaluations)))
         return {
-            "accuracy": float(np.mean(np.concatenate(right))),
+            "accuracy": float(np.mean(np.concatenate(right))) if right else None,
             "evaluations": evaluations,
-            "tokens_per_evaluation": self.settings["items"] / evaluations,
+            "tokens_per_evaluation": masks / evaluations,
             "positions_active": float(np.mean(np.concatenate(active))),
             "positions_computed": computed / len(canvas),
             "cache_bytes": nbytes(out.cache) / batch if out.cache is not None else 0,
-        } | self.speed(canvas[:batch], unmasker, cache)
+        } | self.speed(task, canvas[:batch], unmasker, cache)
 
     def speed(
-        self, canvas: np.ndarray, unmasker: Unmasker, cache: DiffusionCache
+        self, task: str, canvas: np.ndarray, unmasker: Unmasker, cache: DiffusionCache
     ) -> dict[str, float]:
         """Rounds of this decoder and of the same without a cache by turns."""
         canvas = jnp.asarray(canvas)
 
         def run(cache: DiffusionCache) -> float:
             start = time.perf_counter()
-            jax.block_until_ready(self.decode(canvas, unmasker, cache).tokens)
+            jax.block_until_ready(self.decode(task, canvas, unmasker, cache).tokens)
             return time.perf_counter() - start
 
         run(no_cache()), run(cache)
         pairs = [(run(no_cache()), run(cache)) for _ in range(self.settings["rounds"])]
-        tokens = canvas.shape[0] * self.settings["items"]
+        tokens = canvas.shape[0] * self.canvases[task][2]
         return {
             "tokens_per_second": float(np.median([tokens / mine for _, mine in pairs])),
             "ratio_to_uncached": float(np.median([base / mine for base, mine in pairs])),
@@ -174,12 +194,15 @@ def settings_of(values: Any) -> dict[str, Any]:
             allowed = ", ".join((*SETTINGS, *OTHERS))
             raise ValueError(f"config: {name!r} is no setting; expected {allowed}")
     chosen = {name: setting(values, name) for name in SETTINGS}
-    if not chosen["tasks"] or set(chosen["tasks"]) - set(OPERATIONS):
-        raise ValueError(f"tasks={chosen['tasks']}: expected some of {', '.join(OPERATIONS)}")
-    if chosen["items"] % min(chosen["block"], chosen["items"]):
-        raise ValueError(
-            f"block={chosen['block']}: expected a divisor of items={chosen['items']}, or more"
-        )
+    allowed = (*OPERATIONS, SPEED)
+    if not chosen["tasks"] or set(chosen["tasks"]) - set(allowed):
+        raise ValueError(f"tasks={chosen['tasks']}: expected some of {', '.join(allowed)}")
+    for task in chosen["tasks"]:
+        name = "new_tokens" if task == SPEED else "items"
+        if chosen[name] % min(chosen["block"], chosen[name]):
+            raise ValueError(
+                f"block={chosen['block']}: expected a divisor of {name}={chosen[name]}, or more"
+            )
     return chosen
 
 
@@ -187,7 +210,7 @@ def decoders(values: Any, block: int) -> list[tuple[str, Unmasker]]:
     """(label, unmasker) for every number of tokens per step, and the further ones.
 
     Args:
-      block: masks of a block.
+      block: masks per block.
 
     Raises:
       ValueError: a number of tokens that is none, or an expression that does not parse.
@@ -239,6 +262,7 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Any:
             mine = [r for r in rows if (r["task"], r["cache"]) == (task, cache)]
             for quotas in (True, False):
                 own = [r for r in mine if r["unmasker"].endswith(PER_STEP) == quotas]
+                own = [r for r in own if r[key] is not None]
                 own.sort(key=lambda r: r["tokens_per_evaluation"])
                 if own:
                     axis.plot(
@@ -266,7 +290,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
         settings = settings_of(FLAGS)
-        unmaskers = decoders(FLAGS, min(settings["block"], settings["items"]))
+        sizes = {task: settings["new_tokens" if task == SPEED else "items"] for task in
+                 settings["tasks"]}  # fmt: skip
+        unmaskers = {
+            task: decoders(FLAGS, min(settings["block"], size)) for task, size in sizes.items()
+        }
         caches = policies(FLAGS)
         out = setting(FLAGS, "out")
         results = common.Results(out, settings)
@@ -279,14 +307,14 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"out={out!r}: {error}") from None
     order = []
     for task in settings["tasks"]:
-        for label, unmasker in unmaskers:
+        for label, unmasker in unmaskers[task]:
             for name, cache in caches:
                 row = {"method": f"{task}, {label}, {name}"}
                 order.append(row["method"])
                 if results.get(row["method"]) is not None:
                     continue
                 row |= {"task": task, "unmasker": label, "cache": name}
-                if label.endswith(PER_STEP):
+                if label.endswith(PER_STEP) and task != SPEED:
                     number = int(label.removesuffix(PER_STEP))
                     row["ideal"] = ideal_accuracy(task, settings["items"], number)
                 try:

@@ -16,8 +16,8 @@ class Unmasker:
     """Chooses the candidates to commit. A value with pure methods.
 
     The loop calls `select` at every step and commits what it returns among the candidates. Ties of
-    confidence go to the lower position. Positions are those of the canvas, in sequence order, however
-    few of them were computed.
+    confidence go to the lower position. Positions are those of the canvas, in sequence order,
+    however few of them were computed.
     """
 
     def init(self, view: View) -> Any:
