@@ -23,7 +23,7 @@ ITEMS = len(string.ascii_lowercase)
 class ListOperations:
     """Examples by index, each drawn from (seed, index) alone: a grain `RandomAccessDataSource`.
 
-    An example is an operation on 4 to 16 different letters and its result, in a fixed layout of
+    An example is an operation on a list of different letters and its result, in a fixed layout of
     `3 + 2 * slots` tokens, so that an item's place in the prompt says its place in the answer:
 
         operation  word  item ... item  _ ... _  =   item ... item  <eos> ... <eos>
@@ -35,7 +35,7 @@ class ListOperations:
 
     Attributes:
       size: number of examples. seed: of the set; sets of different seeds are drawn independently.
-      operations: which, equally likely. min_items, max_items: list lengths, equally likely.
+      operations: which; one named twice is drawn twice as often. min_items, max_items: list lengths, equally likely.
       slots: of the layout; None: `max_items`.
 
     Raises:
@@ -47,7 +47,7 @@ class ListOperations:
 
     >>> source = ListOperations(size=100, operations=("reverse",), min_items=3, max_items=4)
     >>> text(source[1]["tokens"])
-    'reverse _ m o w t = t w o m'
+    'reverse _ l r w q = q w r l'
     >>> source[1]["answer"].tolist() == [False] * 7 + [True] * 4
     True
     """

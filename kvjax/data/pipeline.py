@@ -20,7 +20,9 @@ def shard(source: Any, options: grain.sharding.ShardOptions | None = None) -> gr
     [4, 5, 6]
     """
     options = grain.sharding.ShardByJaxProcess() if options is None else options
-    start, stop = grain.sharding.even_split(len(source), options)
+    each, extra = divmod(len(source), options.shard_count)
+    extra = 0 if options.drop_remainder else extra
+    start, stop = (i * each + min(i, extra) for i in (options.shard_index, options.shard_index + 1))
     return grain.MapDataset.source(source)[start:stop]
 
 

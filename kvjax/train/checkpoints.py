@@ -31,14 +31,22 @@ class Checkpoints:
         """
         if every < 1 or keep < 1:
             raise ValueError(f"every={every}, keep={keep}: expected at least 1")
+        managers = ocp.checkpoint_managers
+        when = (managers.FixedIntervalPolicy(every), managers.PreemptionCheckpointingPolicy())
         # In the background, but not on CPU, where arrays share memory with what the next step
         # overwrites.
         options = ocp.CheckpointManagerOptions(
-            save_interval_steps=every,
+            save_decision_policy=managers.AnySavePolicy(when),
             max_to_keep=keep,
             enable_async_checkpointing=jax.default_backend() != "cpu",
         )
-        self._manager = ocp.CheckpointManager(pathlib.Path(folder).resolve(), options=options)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "data": grain.checkpoint.CheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(folder).resolve(), options=options, item_handlers=handlers
+        )
 
     @property
     def latest(self) -> int | None:
@@ -54,7 +62,7 @@ class Checkpoints:
 
         Args:
           state: a pytree with a field `step`.
-          data: a `grain.DatasetIterator`, or anything with its `get_state` and `set_state`.
+          data: a `grain.DatasetIterator`: of it the place is saved, not the examples.
         """
         step = int(state.step)
         if step == self.latest:

@@ -83,7 +83,7 @@ def train_step(
         (value, metrics), gradients = jax.value_and_grad(of, has_aux=True)(state.params)
         updates, inner = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {**metrics, "loss": value, "gradient_norm": optax.global_norm(gradients)}
+        metrics = {**metrics, "loss": value, "gradient_norm": _norm(gradients)}
         return TrainState(state.step + 1, params, inner, state.key), metrics
 
     return step
@@ -162,6 +162,10 @@ def mean(metrics: Iterable[Mapping[str, Array]]) -> dict[str, float]:
     """Means of metrics over steps."""
     rows = [{name: float(value) for name, value in row.items()} for row in metrics]
     return {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _norm(tree: Any) -> Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
 def _check(seen: list[dict[str, Array]], done: int) -> None:
