@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import importlib
 
-_MODULES = ("cache", "codecs", "compress", "decode", "evaluate", "models")
+_MODULES = (
+    "cache", "codecs", "compress", "data", "decode", "diffusion", "evaluate", "models", "train",
+)  # fmt: skip
 _HOMES = {
     "Cache": "cache",
     "chain": "cache",

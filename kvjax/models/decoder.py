@@ -25,7 +25,7 @@ def forward(
     cache: Cache | None = None,
     *,
     phase: Phase = "decode",
-    mask: Array | str = "causal",
+    mask: Array | str | None = None,
     embeddings: Array | None = None,
     logits: Array | str = "all",
     statistics: bool | None = None,
@@ -33,6 +33,7 @@ def forward(
     fold: bool = False,
     read: bool = True,
     differentiable: bool = False,
+    remat: bool = False,
 ) -> Any:
     """Runs new rows through the model, attending to the cache and to each other.
 
@@ -44,7 +45,7 @@ def forward(
       cache: what was committed before; None: nothing.
       phase: "prefill", "append", "decode" or "verify"; static.
       mask: which new rows a new row sees: "causal" (at its position and before), "full", or bool
-        [B or 1, T, T] (row, key).
+        [B or 1, T, T] (row, key); None: "full" where the model is bidirectional, else "causal".
       embeddings: [B, T, D] in place of tokens.
       logits: rows whose logits to return: "all", "last" (the valid row of highest position),
         "none", or int32 [B, K] row indices.
@@ -56,6 +57,7 @@ def forward(
         new keys and values exist at a time. Returns (logits, cache) in place of (logits, new).
       read: False: the cache is known to be empty (the first chunk of a prompt), do not read it.
       differentiable: attention loops of static length, for reverse-mode gradients.
+      remat: for these keep each layer's input only, and compute the rest again on the way back.
 
     Returns:
       (logits float32 [B, K, V] or None, new). Logits of padding rows are meaningless and finite.
@@ -63,6 +65,8 @@ def forward(
     config: Config = model.config
     if phase not in PHASES:
         raise ValueError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
+    if mask is None:
+        mask = "full" if config.bidirectional else "causal"
     if isinstance(mask, str) and mask not in ("causal", "full"):
         raise ValueError(f"mask={mask!r}: expected 'causal', 'full' or a bool array [B, T, T]")
     if (tokens is None) == (embeddings is None):
@@ -123,7 +127,9 @@ def forward(
     indices = jnp.arange(config.layers, dtype=jnp.int32)
     own = _slices(cache) if fold else None
     (x, _), (out, inputs) = jax.lax.scan(
-        block, (x, carry), (model.layers, indices, rope, span, own)
+        jax.checkpoint(block, prevent_cse=False) if remat else block,
+        (x, carry),
+        (model.layers, indices, rope, span, own),
     )
     result = _logits(model, x, positions, logits)
     if fold:

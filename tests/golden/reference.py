@@ -56,7 +56,7 @@ def _attention(c: Config, w: dict, layer: int, x: np.ndarray, length: int) -> np
     k, v = (np.repeat(u, c.groups, 1) for u in (rotate(k), v))
     scores = _softcap(np.einsum("qhd,khd->hqk", rotate(q), k) * c.scale, c.attention_softcap)
     distance = np.arange(time)[:, None] - np.arange(time)
-    seen = (distance >= 0) & (distance < (window or time))
+    seen = ((distance >= 0) | c.bidirectional) & (distance < (window or time))
     scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
