@@ -239,22 +239,18 @@ def run(settings: dict[str, Any], results: common.Results, out: pathlib.Path, ev
         before = max((r["seconds"] for r in results.rows if "seconds" in r), default=0.0)
         task = progress.add_task("training", total=settings["steps"], completed=first)
         clock = time.monotonic()
-        points: list[dict[str, Any]] = []
 
         def elapsed() -> float:
             return before + time.monotonic() - clock
 
         def report(step: int, metrics: dict[str, float]) -> None:
-            points.append({"row": f"{BY_STEP} {step}", "step": step, "seconds": elapsed()})
-            points[-1] |= metrics
+            results.put({"row": f"{BY_STEP} {step}", "step": step, "seconds": elapsed(), **metrics})
             progress.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
 
         def evaluate(model: Any, step: int) -> None:
             row = {"row": f"after {step}", "step": step, "seconds": elapsed()}
             row["held_out_loss"] = measure(measured, model, [together], key)["loss"]
             row |= {name: accuracy(model, part, slots) for name, part in tests.items()}
-            results.rows += points
-            points.clear()
             results.put(row)
             found = ", ".join(f"{name} {row[name]:.0%}" for name in tests)
             common.console.print(

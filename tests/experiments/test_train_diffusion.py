@@ -73,9 +73,7 @@ def test_a_run_cut_off_goes_on_bit_for_bit(finished, tmp_path):
     whole, resumed = load(finished / "model")[0], load(tmp_path / "model")[0]
     np.testing.assert_array_equal(whole.embed[...], resumed.embed[...])
     np.testing.assert_array_equal(whole.layers.down[...], resumed.layers.down[...])
-    a, b = rows_of(finished), rows_of(tmp_path)
-    assert a["after 3"] == b["after 3"] and a["after 5"] == b["after 5"]
-    assert a.keys() - b.keys() <= {"training step 2"}  # lost: it was not yet in results.json
+    assert rows_of(finished) == rows_of(tmp_path)
 
 
 def _interrupt(*_, **__):
