@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.models.config import Config
 from kvjax.models.errors import CheckpointError
 from kvjax.models.huggingface_config import parse_config
-from kvjax.models.huggingface_names import layer_names, single_names
+from kvjax.models.huggingface_names import home, layer_names, single_names
 from kvjax.models.json_file import read_json
-from kvjax.models.llama import Model, parameters
+from kvjax.models.llama import Model, parameters, stacked
 from kvjax.models.safetensors_file import SafeTensor, open_folder
 from kvjax.models.weights import Piece, Sharding, assemble
 
 MAX_CONFIG = 2**22
-_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+_PREFIXES = ("language_model.model.", "model.language_model.", "")
 _BESIDE = ("vision_tower.", "multi_modal_projector.", "vision_model.")  # of multimodal models
 
 
@@ -79,27 +81,49 @@ def load_pretrained(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Depthwise:
+    """A depthwise convolution's weight [channels, 1, kernel] without its middle axis."""
+
+    tensor: SafeTensor
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        channels, one, kernel = self.tensor.shape
+        return (channels, one * kernel)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.tensor.rows(start, stop).reshape(stop - start, -1)
+
+
 class _Names:
     """Finds a model's parameters among the tensors of a folder."""
 
     def __init__(self, folder: pathlib.Path, config: Config, tensors: dict[str, SafeTensor]):
         self.folder, self.config, self.tensors = folder, config, tensors
-        self.layer = layer_names(config.family)
-        for self.prefix in _PREFIXES:
-            if f"{self.prefix}embed_tokens.weight" in tensors:
-                break
-        else:
-            raise CheckpointError(
-                f"{folder}: none of the {len(tensors)} tensors is an embed_tokens.weight"
-            )
+        self.layer, self.home = layer_names(config.family), home(config.family)
+        self.single = single_names(config.family)
+        embed = self.single["embed"].removeprefix(self.home)
+        found = [p for p in (self.home, *_PREFIXES) if f"{p}{embed}" in tensors]
+        if not found:
+            raise CheckpointError(f"{folder}: none of the {len(tensors)} tensors is an {embed}")
+        self.prefix = found[0]
 
     def full(self, name: str, layer: int) -> str:
+        """A tensor's name; `layer` counts the layers of its kind."""
         if name in self.layer:
-            return f"{self.prefix}layers.{layer}.{self.layer[name]}"
+            of_kind = self.config.attention_layers
+            if name.startswith("recurrent."):
+                of_kind = self.config.recurrent_layers
+            return f"{self.prefix}layers.{of_kind[layer]}.{self.layer[name]}"
         if name == "head":
             nested = "language_model.lm_head.weight"
             return nested if nested in self.tensors else "lm_head.weight"
-        return self.prefix + single_names()[name].removeprefix("model.")
+        return self.prefix + self.single[name].removeprefix(self.home)
 
     def piece(self, name: str, layer: int) -> Piece:
         full = self.full(name, layer)
@@ -123,19 +147,27 @@ class _Names:
                     f"{self.folder}: tensor {full!r} has shape {tensor.shape}, but the "
                     f"configuration says {(rows, config.width)}"
                 )
+        if name == "recurrent.conv" and len(tensor.shape) == 3:
+            tensor = _Depthwise(tensor)
         turn = len(tensor.shape) == 2 and name != "embed"
         return Piece(tensor, start, stop, transpose=turn)
 
     def refuse_extra(self) -> None:
         """Tensors that nothing would read mean that the configuration is not theirs."""
-        used = {self.full(name, 0) for name in single_names()}
-        wanted = {self.layer[name] for name in parameters(self.config) if name in self.layer}
+        used = {self.full(name, 0) for name in self.single}
+        of_kind = {
+            "layers": self.config.attention_layers, "recurrent": self.config.recurrent_layers
+        }  # fmt: skip
+        wanted: dict[int, set[str]] = {layer: set() for layer in range(self.config.layers)}
+        for name in filter(stacked, parameters(self.config)):
+            for layer in of_kind[name.partition(".")[0]]:
+                wanted[layer].add(self.layer[name])
         extra = []
         for name in self.tensors:
             inner = name.removeprefix(f"{self.prefix}layers.")
             number, _, stem = inner.partition(".")
             if inner != name and number.isdecimal() and int(number) < self.config.layers:
-                known = stem in wanted or stem == "self_attn.rotary_emb.inv_freq"
+                known = stem in wanted[int(number)] or stem == "self_attn.rotary_emb.inv_freq"
             else:
                 parts = name.removeprefix("model.")
                 known = name in used or parts.startswith(_BESIDE)

@@ -1,4 +1,4 @@
-"""Names of tensors in Hugging Face's Llama family."""
+"""Names of tensors in Hugging Face's Llama family, Mamba-2 and Bamba."""
 
 from __future__ import annotations
 
@@ -36,19 +36,53 @@ _FUSED = {
     "layers.gate": "mlp.gate_up_proj.weight",
     "layers.up": "mlp.gate_up_proj.weight",
 }
+_MIXER = {
+    "recurrent.project": "in_proj.weight",
+    "recurrent.project_bias": "in_proj.bias",
+    "recurrent.conv": "conv1d.weight",
+    "recurrent.conv_bias": "conv1d.bias",
+    "recurrent.dt_bias": "dt_bias",
+    "recurrent.A_log": "A_log",
+    "recurrent.D": "D",
+    "recurrent.gated_norm": "norm.weight",
+    "recurrent.out": "out_proj.weight",
+    "recurrent.out_bias": "out_proj.bias",
+}
+
+
+def _bamba() -> dict[str, str]:
+    names = dict(_LAYER)
+    for kind in ("layers", "recurrent"):
+        names[f"{kind}.mlp_norm"] = "pre_ff_layernorm.weight"
+        for part in ("gate", "up", "down"):
+            names[f"{kind}.{part}"] = f"feed_forward.{part}_proj.weight"
+            names[f"{kind}.{part}_bias"] = f"feed_forward.{part}_proj.bias"
+    names["recurrent.mixer_norm"] = "input_layernorm.weight"
+    return names | {name: f"mamba.{inner}" for name, inner in _MIXER.items()}
 
 
 def layer_names(family: str) -> dict[str, str]:
     """Flat parameter name -> name within a layer; several may share one (Phi-3, in row order)."""
+    if family == "mamba2":
+        mixer = {name: f"mixer.{inner}" for name, inner in _MIXER.items()}
+        return {"recurrent.mixer_norm": "norm.weight"} | mixer
+    if family == "bamba":
+        return _bamba()
     if family == "phi3":
         return _LAYER | _FUSED
     return _LAYER | _SANDWICH if family in ("gemma2", "gemma3_text") else _LAYER
 
 
-def single_names() -> dict[str, str]:
+def home(family: str) -> str:
+    """What the names of all tensors but the head begin with."""
+    return "backbone." if family == "mamba2" else "model."
+
+
+def single_names(family: str) -> dict[str, str]:
     """Flat parameter name -> full name, of the parameters outside layers."""
-    return {
-        "embed": "model.embed_tokens.weight",
-        "norm": "model.norm.weight",
-        "head": "lm_head.weight",
-    }
+    inner = {"embed": "embed_tokens.weight", "norm": "norm.weight"}
+    if family == "mamba2":
+        inner = {"embed": "embeddings.weight", "norm": "norm_f.weight"}
+    if family == "bamba":
+        inner["norm"] = "final_layernorm.weight"
+    return {name: home(family) + stem for name, stem in inner.items()} | {"head": "lm_head.weight"}
