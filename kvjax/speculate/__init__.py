@@ -1,0 +1,23 @@
+"""Speculative decoding: drafters, trees, verification, and the loop around them."""
+
+from kvjax.speculate.drafter import Context, Drafter, Outcome
+from kvjax.speculate.loop import Speculation, speculate
+from kvjax.speculate.prompt_lookup import prompt_lookup
+from kvjax.speculate.tree import Template, Tree, chain_of, chain_template, template
+from kvjax.speculate.verify import Verdict, verify
+
+__all__ = [
+    "Context",
+    "Drafter",
+    "Outcome",
+    "Speculation",
+    "Template",
+    "Tree",
+    "Verdict",
+    "chain_of",
+    "chain_template",
+    "prompt_lookup",
+    "speculate",
+    "template",
+    "verify",
+]
