@@ -88,7 +88,7 @@ def small_tree(nodes: int) -> Template:
     ordering of ours, which keeps parents before children.
 
     >>> small_tree(5).paths
-    ((0,), (1,), (0, 0), (0, 0, 0), (0, 0, 0, 0))
+    ((0,), (1,), (0, 0), (0, 1), (0, 0, 0))
     """
     paths = paper_tree().paths
     if not 1 <= nodes <= len(paths):

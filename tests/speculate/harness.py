@@ -24,6 +24,7 @@ from kvjax.speculate import Context, Drafter, Outcome, Template, Tree, chain_of,
 
 CONFIG = Config(29, 32, 48, 2, 4, 2, 8)
 BATCH, PROMPT, NEW = 3, 16, 24
+ROOM = PROMPT + 2 * NEW
 LENGTHS = jnp.asarray([16, 9, 13])
 kivi = per_kv(k=quantize(2, axis="channel", group=8), v=quantize(4))
 METHODS = {
