@@ -7,7 +7,10 @@ from kvjax.speculate.token_recycling import paper_tree, small_tree, token_recycl
 from kvjax.speculate.tree import Template, Tree, chain_of, chain_template, template
 from kvjax.speculate.verify import Verdict, verify
 
+DRAFTERS = {f.__name__: f for f in (prompt_lookup, token_recycling)}
+
 __all__ = [
+    "DRAFTERS",
     "Context",
     "Drafter",
     "Outcome",

@@ -29,7 +29,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def conditionals(target):
-    """The model's logits after the prompt, one and two more tokens, for all of them: [V * V, 3, V]."""
+    """Logits [V * V, 3, V] after the prompt and 0, 1 and 2 more tokens, for all pairs of these."""
     more = jnp.asarray(list(itertools.product(range(V), repeat=2)))
     tokens = jnp.concatenate([jnp.broadcast_to(PROMPT, (V * V, 3)), more], 1)
     out, _ = jax.jit(forward)(target, tokens, jnp.broadcast_to(jnp.arange(5), tokens.shape))
