@@ -107,6 +107,7 @@ def init_cache(
     dtype: Any = jnp.float32,
     exact_layers: Sequence[int] = (),
     constants: Mapping[str, Any] | None = None,
+    recurrence: Recurrence | None = None,
 ) -> Cache:
     """An empty cache for a model.
 
@@ -124,6 +125,7 @@ def init_cache(
         number in the model (negative: from the end).
       constants: arrays that the transform reads by name (calibration, shared prefixes), their
         first axis that of layers, or of size 1.
+      recurrence: how the state of recurrent layers is held; None: as the model's layers say.
 
     Raises:
       ValueError: sizes that do not fit each other, the model or the transform.
@@ -183,8 +185,9 @@ def init_cache(
         states.append(t.init(spec))
     if config.recurrent_layers:
         layers = len(config.recurrent_layers)
-        plan.append((tuple(range(layers)), config.recurrence))
-        states.append(config.recurrence.init(layers, batch, dtype))
+        recurrence = config.recurrence if recurrence is None else recurrence
+        plan.append((tuple(range(layers)), recurrence))
+        states.append(recurrence.init(layers, batch, dtype))
     return Cache(
         tuple(states),
         jnp.zeros((batch,), jnp.int32),

@@ -42,6 +42,11 @@ class Recurrence:
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how rows advance it")
 
+    def read(self, state: Any) -> Any:
+        """The state of one layer [B, ...] as its layers compute with it: decoded, where a cache
+        holds it in another form."""
+        return state
+
     def axes(self, state: Any) -> Any:
         """Logical axis names of the state's arrays, one tuple each."""
         return jax.tree.map(lambda x: ("layers", "batch") + (None,) * (x.ndim - 2), state)

@@ -134,9 +134,9 @@ def forward(
     if config.recurrent_layers:
         kind = config.recurrence
         shared = kind.prepare(valid)
-        remembered = kind.init(1, x.shape[0], dtype)
-        if cache is not None and read:
-            remembered = cache.state[cache.recurrent]
+        holds = kind if cache is None else cache.transforms[cache.recurrent]
+        reading = cache is not None and read
+        remembered = cache.state[cache.recurrent] if reading else holds.init(1, x.shape[0], dtype)
 
     def recurrent(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Any]:
         x, carry = state
@@ -144,14 +144,14 @@ def forward(
         before = x
         h = rms_norm(x.astype(dtype), layer.mixer_norm[...], config)
         # `own`: this layer's state where it is scanned, to be replaced; else it is read in place.
-        held = own if fold and read else one_layer(remembered, index if read else 0)
-        h, rows = kind.mix(layer, h, held, valid, shared, config.norm_eps)
+        mine = own if fold else one_layer(remembered, index if reading else 0)
+        h, rows = kind.mix(layer, h, holds.read(mine), valid, shared, config.norm_eps)
         x = x + h
         if config.mlp_width:
             x = x + mlp(rms_norm(x.astype(dtype), layer.mlp_norm[...], config), layer, config)
         if fold:
             first = lambda x: x[None]  # noqa: E731
-            rows = kind.advance(jax.tree.map(first, own), jax.tree.map(first, rows), valid)
+            rows = holds.advance(jax.tree.map(first, own), jax.tree.map(first, rows), valid)
             rows = jax.tree.map(lambda x: x[0], rows)
         return (x, carry), (rows, before if hidden else None)
 

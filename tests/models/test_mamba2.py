@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.cache import chain, commit, finish, init_cache, store
+from kvjax.cache import Recurrence, chain, commit, finish, init_cache, store
+from kvjax.codecs import Codec, dense, quantize
 from kvjax.decode import generate, prefill, score
 from kvjax.models import Config, checkpoint, init
 from kvjax.models.decoder import forward
@@ -147,14 +148,54 @@ def test_loops_run_and_rows_are_alone(name):
     out = generate(own, folded, logits, 8, stop=())
     for b, n in enumerate(LENGTHS):
         tokens = np.concatenate([np.asarray(prompts()[b, :n]), np.asarray(out.tokens[b])])
-        want = (
-            reference.forward(own.config, flatten(own), tokens, ROOM) if name != "average" else None
-        )
-        if want is not None:
-            assert out.tokens[b].tolist() == np.argmax(want[n - 1 : -1], -1).tolist()
-            np.testing.assert_allclose(out.logits[b], want[-1], **CLOSE)
+        if name == "average":  # what NumPy does not say, one pass without a cache does
+            at = jnp.arange(len(tokens))[None]
+            want = jax.jit(lambda t, at=at: forward(own, t, at)[0][0])(tokens[None])
+        else:
+            want = reference.forward(own.config, flatten(own), tokens, ROOM)
+        assert out.tokens[b].tolist() == np.argmax(want[n - 1 : -1], -1).tolist()
+        np.testing.assert_allclose(out.logits[b], want[-1], **CLOSE)
     found, _, _ = score(own, folded, logits, out.tokens)
     np.testing.assert_allclose(found, out.logprobs, rtol=0, atol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded(Recurrence):
+    """Holds the memory in another form: that is the cache's matter, not the model's."""
+
+    kind: Mamba2
+    codec: Codec
+
+    def init(self, layers, batch, dtype):
+        return self._coded(self.kind.init(layers, batch, dtype))
+
+    def read(self, state):
+        return state | {"memory": self.codec.decode(state["memory"], jnp.float32)}
+
+    def advance(self, state, rows, valid):
+        return self._coded(self.kind.advance(self.read(state), rows, valid))
+
+    def _coded(self, state):
+        return state | {"memory": self.codec.encode(state["memory"])}
+
+
+def test_a_cache_may_hold_the_state_coded():
+    own, exact = begun("hybrid")
+    at = jnp.arange(PROMPT)[None]
+    positions = jnp.where(at < np.array(LENGTHS)[:, None], at, -1)
+
+    def after(codec):
+        how = Coded(KIND, codec)
+        cache = init_cache(own.config, chain(store()), BATCH, ROOM, PROMPT, recurrence=how)
+        cache = finish(step(own, cache, prompts(), positions, "prefill")[1])
+        return step(own, cache, prompts()[:, :1], cache.length[:, None])
+
+    want, _ = step(own, exact, prompts()[:, :1], exact.length[:, None])
+    np.testing.assert_array_equal(after(dense())[0], want)
+    logits, cache = after(quantize(8, group=KIND.state_size))
+    assert cache.state[1]["memory"].codes.dtype == jnp.uint8
+    error = float(np.abs(logits - want).max())
+    assert 0 < error < 2e-2 * float(np.abs(want).max())  # eight bits
 
 
 def test_bfloat16_keeps_what_recurs_in_float32():
