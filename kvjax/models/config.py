@@ -119,8 +119,8 @@ class Config:
 
     Attributes:
       family: Hugging Face `model_type` ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2",
-        "gemma3_text", "phi3", "mamba2", "bamba"); names only how weights are stored, never read by
-        the forward pass.
+        "gemma3_text", "phi3", "llada", "mamba2", "bamba"); names only how weights are stored, never
+        read by the forward pass.
       width, mlp_width, layers, heads, kv_heads, head_dim: sizes D, F, L, Hq, H, d. Without
         attention layers the last three are 0; mlp_width is 0 where layers have no MLP.
       norm_eps, norm_offset: RMSNorm epsilon; whether weights are stored as (w - 1) (Gemma).
@@ -138,6 +138,7 @@ class Config:
       max_length: `max_position_embeddings`.
       bos, eos: token ids; `eos` may hold several.
       mask_token: token id that stands for an unknown token in masked-diffusion models, or None.
+      bidirectional: every token sees all others, as masked-diffusion models do.
       recurrence: the kind of recurrent layer, such as `kvjax.models.mamba2.Mamba2(...)`, or None.
       recurrent_layers: which layers are recurrent in place of attention, ascending.
       residual_float32: the residual stream is float32 whatever the dtype of the parameters.
@@ -172,6 +173,7 @@ class Config:
     bos: int | None = None
     eos: tuple[int, ...] = ()
     mask_token: int | None = None
+    bidirectional: bool = False
     recurrence: RecurrentLayer | None = None
     recurrent_layers: tuple[int, ...] = ()
     residual_float32: bool = False

@@ -1,6 +1,8 @@
-"""Names of tensors in Hugging Face's Llama family, Mamba-2 and Bamba."""
+"""Names of tensors in Hugging Face's Llama family, Mamba-2, Bamba and in LLaDA's folders."""
 
 from __future__ import annotations
+
+from kvjax.models.config import Config
 
 _LAYER = {
     "layers.q": "self_attn.q_proj.weight",
@@ -36,6 +38,23 @@ _FUSED = {
     "layers.gate": "mlp.gate_up_proj.weight",
     "layers.up": "mlp.gate_up_proj.weight",
 }
+
+# LLaDA: what gates is called ff_proj, what is gated up_proj.
+_LLADA = {
+    "layers.q": "q_proj.weight",
+    "layers.k": "k_proj.weight",
+    "layers.v": "v_proj.weight",
+    "layers.o": "attn_out.weight",
+    "layers.gate": "ff_proj.weight",
+    "layers.up": "up_proj.weight",
+    "layers.down": "ff_out.weight",
+    "layers.q_bias": "q_proj.bias",
+    "layers.k_bias": "k_proj.bias",
+    "layers.v_bias": "v_proj.bias",
+    "layers.attention_norm": "attn_norm.weight",
+    "layers.mlp_norm": "ff_norm.weight",
+}
+
 _MIXER = {
     "recurrent.project": "in_proj.weight",
     "recurrent.project_bias": "in_proj.bias",
@@ -63,6 +82,8 @@ def _bamba() -> dict[str, str]:
 
 def layer_names(family: str) -> dict[str, str]:
     """Flat parameter name -> name within a layer; several may share one (Phi-3, in row order)."""
+    if family == "llada":
+        return _LLADA
     if family == "mamba2":
         mixer = {name: f"mixer.{inner}" for name, inner in _MIXER.items()}
         return {"recurrent.mixer_norm": "norm.weight"} | mixer
@@ -73,16 +94,31 @@ def layer_names(family: str) -> dict[str, str]:
     return _LAYER | _SANDWICH if family in ("gemma2", "gemma3_text") else _LAYER
 
 
-def home(family: str) -> str:
-    """What the names of all tensors but the head begin with."""
-    return "backbone." if family == "mamba2" else "model."
+def layers_of(config: Config, name: str) -> tuple[int, ...]:
+    """The numbers of the layers whose parameter has this flat name, in the order of its stack."""
+    recurrent = name.startswith("recurrent.")
+    return config.recurrent_layers if recurrent else config.attention_layers
+
+
+def layer_home(family: str) -> str:
+    """What stands before a layer's number, below the `stem` of all names."""
+    return "blocks." if family == "llada" else "layers."
+
+
+def stem(family: str) -> str:
+    """What all names begin with, as Hugging Face writes them."""
+    return {"llada": "model.transformer.", "mamba2": "backbone."}.get(family, "model.")
 
 
 def single_names(family: str) -> dict[str, str]:
     """Flat parameter name -> full name, of the parameters outside layers."""
+    if family == "llada":
+        names = {"embed": "wte.weight", "norm": "ln_f.weight", "head": "ff_out.weight"}
+        return {name: stem(family) + tensor for name, tensor in names.items()}
     inner = {"embed": "embed_tokens.weight", "norm": "norm.weight"}
     if family == "mamba2":
         inner = {"embed": "embeddings.weight", "norm": "norm_f.weight"}
     if family == "bamba":
         inner["norm"] = "final_layernorm.weight"
-    return {name: home(family) + stem for name, stem in inner.items()} | {"head": "lm_head.weight"}
+    full = {name: stem(family) + tensor for name, tensor in inner.items()}
+    return full | {"head": "lm_head.weight"}

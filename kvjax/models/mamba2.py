@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.recurrent import previous
+from kvjax.models.linear import linear
 from kvjax.models.recurrent import RecurrentLayer
 
 # Up to so many rows are replayed one by one, which gives the state of decoding to the last bit.
@@ -81,13 +82,13 @@ class Mamba2(RecurrentLayer):
     def parameters(self, width: int) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
         everything = self.inner + self.channels + self.heads
         table = {
-            "project": ((width, everything), ("embed", "inner")),  # z, x, B, C, dt
-            "conv": ((self.kernel, self.channels), (None, "inner")),
+            "project": ((everything, width), ("inner", "embed")),  # z, x, B, C, dt
+            "conv": ((self.channels, self.kernel), ("inner", None)),
             "dt_bias": ((self.heads,), ("heads",)),
             "A_log": ((self.heads,), ("heads",)),
             "D": ((self.heads,), ("heads",)),
             "gated_norm": ((self.inner,), ("inner",)),
-            "out": ((self.inner, width), ("inner", "embed")),
+            "out": ((width, self.inner), ("embed", "inner")),
         }
         if self.conv_bias:
             table["conv_bias"] = ((self.channels,), ("inner",))
@@ -128,7 +129,7 @@ class Mamba2(RecurrentLayer):
     ) -> tuple[Array, dict[str, Array]]:
         batch, rows = valid.shape
         there = valid[..., None]
-        mixed = _plus(x @ layer.project[...], getattr(layer, "project_bias", None))
+        mixed = _linear(x, layer.project, getattr(layer, "project_bias", None))
         z, raw, dt = jnp.split(mixed, [self.inner, self.inner + self.channels], -1)
         raw = jnp.where(there, raw, jnp.zeros((), raw.dtype))
         wide = self._convolve(layer, raw, state["tail"], shared).astype(raw.dtype)
@@ -146,14 +147,14 @@ class Mamba2(RecurrentLayer):
         y = y + u * layer.D[...].astype(jnp.float32)[:, None]
         y = y.reshape(batch, rows, self.inner) * jax.nn.silu(z.astype(jnp.float32))
         y = _grouped_norm(y, self.groups, eps).astype(x.dtype) * layer.gated_norm[...]
-        out = _plus(y @ layer.out[...], getattr(layer, "out_bias", None))
+        out = _linear(y, layer.out, getattr(layer, "out_bias", None))
         key = jnp.where(there[..., None], key, 0.0)
         return out, {"decay": decay, "input": scaled, "key": key, "conv": raw}
 
     def _convolve(self, layer: Any, raw: Array, tail: Array, shared: Array) -> Array:
         """Causal depthwise convolution over valid rows, float32 [B, T, channels]."""
         rows = raw.shape[1]
-        weight = layer.conv[...].astype(jnp.float32)
+        weight = layer.conv[...].astype(jnp.float32).T
         sequence = jnp.concatenate([tail.astype(raw.dtype), raw], 1)
         out = raw.astype(jnp.float32) * weight[-1]
         for back in range(self.kernel - 1):
@@ -278,5 +279,5 @@ def _grouped_norm(y: Array, groups: int, eps: float) -> Array:
     return parts.reshape(y.shape)
 
 
-def _plus(x: Array, bias: Any) -> Array:
-    return x if bias is None else x + bias[...]
+def _linear(x: Array, weight: Any, bias: Any) -> Array:
+    return linear(x, weight[...], None if bias is None else bias[...])

@@ -28,8 +28,8 @@ class RecurrentLayer(Recurrence):
     def parameters(self, width: int) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
         """Name -> (shape of one layer, logical axis names), for a model of that width.
 
-        Weights multiply from the right: [in, out]. Norm weights are called "...norm", biases
-        "...bias"; the names of `kvjax.models.llama.BLOCK` are taken.
+        Matrices are [out, in], for `kvjax.models.linear.linear`. Norm weights are called "...norm",
+        biases "...bias"; the names of `kvjax.models.llama.BLOCK` are taken.
         """
         raise NotImplementedError(f"{type(self).__name__} has no parameters")
 

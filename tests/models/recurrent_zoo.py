@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.models import Config, init
+from kvjax.models.linear import linear
 from kvjax.models.mamba2 import Mamba2
 from kvjax.models.recurrent import RecurrentLayer
 
@@ -23,17 +24,23 @@ class Average(RecurrentLayer):
     width: int = 24
 
     def parameters(self, width):
-        wide = ((width, self.width), ("embed", "inner"))
-        return {"keep": wide, "value": wide, "read": wide, "out": ((self.width, width), wide[1])}
+        wide = ((self.width, width), ("inner", "embed"))
+        return {
+            "keep": wide,
+            "value": wide,
+            "read": wide,
+            "out": ((width, self.width), wide[1][::-1]),
+        }
 
     def init(self, layers, batch, dtype):
         return jnp.zeros((layers, batch, self.width), jnp.float32)
 
     def mix(self, layer, x, state, valid, shared, eps):
-        keep = jnp.where(valid[..., None], jax.nn.sigmoid(x @ layer.keep[...]), 1.0)
-        rows = {"keep": keep, "add": (1 - keep) * (x @ layer.value[...])}
+        keep = jnp.where(valid[..., None], jax.nn.sigmoid(linear(x, layer.keep[...])), 1.0)
+        rows = {"keep": keep, "add": (1 - keep) * linear(x, layer.value[...])}
         s = self._scan(state, rows)[1]
-        return (s * jax.nn.silu(x @ layer.read[...])).astype(x.dtype) @ layer.out[...], rows
+        s = s * jax.nn.silu(linear(x, layer.read[...]))
+        return linear(s.astype(x.dtype), layer.out[...]), rows
 
     def advance(self, state, rows, valid):
         there = valid[..., None]

@@ -193,7 +193,7 @@ def test_a_cache_may_hold_the_state_coded():
     want, _ = step(own, exact, prompts()[:, :1], exact.length[:, None])
     np.testing.assert_array_equal(after(dense())[0], want)
     logits, cache = after(quantize(8, group=KIND.state_size))
-    assert cache.state[1]["memory"].codes.dtype == jnp.uint8
+    assert cache.state[1]["memory"]["codes"].dtype == jnp.uint8
     error = float(np.abs(logits - want).max())
     assert 0 < error < 2e-2 * float(np.abs(want).max())  # eight bits
 
