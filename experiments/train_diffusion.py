@@ -3,8 +3,8 @@
     python -m experiments.train_diffusion --out=results/train_diffusion
 
 Stopped and started again with the same --out it goes on where the last checkpoint was, bit for bit.
-The folder gets `model` (config.json, model.safetensors, tokenizer.json: for `kvjax.load`),
-results.json, training.png and the checkpoints of training.
+The folder gets `model` (config.json, model.safetensors, tokenizer.json: for `kvjax.load`, as of the
+last evaluation), results.json, training.png and the checkpoints of training.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ flags.DEFINE_integer("width", 128, "Width of the model.", lower_bound=8)
 flags.DEFINE_integer("heads", 4, "Attention heads.", lower_bound=1)
 flags.DEFINE_integer("mlp_width", 512, "Width within the MLPs.", lower_bound=8)
 flags.DEFINE_float("rope_base", 10000.0, "Base of the rotary frequencies.", lower_bound=1.0)
-flags.DEFINE_integer("steps", 5000, "Training steps.", lower_bound=1)
+flags.DEFINE_integer("steps", 4000, "Training steps.", lower_bound=1)
 flags.DEFINE_integer("batch", 64, "Examples per step.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 1.5e-3, "Its peak.", lower_bound=0.0)
 flags.DEFINE_integer("warmup", 200, "Steps of linear warm-up; then a cosine to 5 %.", lower_bound=0)
@@ -56,7 +56,7 @@ flags.DEFINE_float("weight_decay", 0.01, "Of AdamW.", lower_bound=0.0)
 flags.DEFINE_integer("seed", 0, "Of the parameters, the data and the masks.")
 flags.DEFINE_integer("report_every", 50, "Steps between points of the curve.", lower_bound=1)
 flags.DEFINE_integer("evaluate_every", 500, "Steps between evaluations.", lower_bound=1)
-flags.DEFINE_integer("checkpoint_every", 500, "Steps between checkpoints.", lower_bound=1)
+flags.DEFINE_integer("checkpoint_every", 250, "Steps between checkpoints.", lower_bound=1)
 flags.DEFINE_integer("examples", 200, "Per operation, in each evaluation.", lower_bound=1)
 flags.DEFINE_integer(
     "items", 8, "Items per list where several are decoded per step.", lower_bound=2
@@ -239,23 +239,20 @@ def run(settings: dict[str, Any], results: common.Results, out: pathlib.Path, ev
         before = max((r["seconds"] for r in results.rows if "seconds" in r), default=0.0)
         task = progress.add_task("training", total=settings["steps"], completed=first)
         clock = time.monotonic()
-        points: list[dict[str, Any]] = []
 
         def elapsed() -> float:
             return before + time.monotonic() - clock
 
         def report(step: int, metrics: dict[str, float]) -> None:
-            points.append({"row": f"{BY_STEP} {step}", "step": step, "seconds": elapsed()})
-            points[-1] |= metrics
+            results.put({"row": f"{BY_STEP} {step}", "step": step, "seconds": elapsed(), **metrics})
             progress.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
 
         def evaluate(model: Any, step: int) -> None:
             row = {"row": f"after {step}", "step": step, "seconds": elapsed()}
             row["held_out_loss"] = measure(measured, model, [together], key)["loss"]
             row |= {name: accuracy(model, part, slots) for name, part in tests.items()}
-            results.rows += points
-            points.clear()
             results.put(row)
+            save_pretrained(model, out / "model", tokenizer())
             found = ", ".join(f"{name} {row[name]:.0%}" for name in tests)
             common.console.print(
                 f"step {step} ({row['seconds'] / 60:.1f} min): held-out loss "
@@ -268,9 +265,8 @@ def run(settings: dict[str, Any], results: common.Results, out: pathlib.Path, ev
             checkpoints=checkpoints, report=report, report_every=settings["report_every"],
             evaluate=evaluate, evaluate_every=settings["evaluate_every"],
         )  # fmt: skip
-    model = state.params
-    save_pretrained(model, out / "model", tokenizer())
-    rows = parallel(settings, model)
+    save_pretrained(state.params, out / "model", tokenizer())
+    rows = parallel(settings, state.params)
     for row in rows:
         results.put(row)
     plot(results.rows, settings, out / "training.png")

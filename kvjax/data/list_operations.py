@@ -35,8 +35,8 @@ class ListOperations:
 
     Attributes:
       size: number of examples. seed: of the set; sets of different seeds are drawn independently.
-      operations: which; one named twice is drawn twice as often. min_items, max_items: list lengths, equally likely.
-      slots: of the layout; None: `max_items`.
+      operations: which; one named twice is drawn twice as often.
+      min_items, max_items: list lengths, equally likely. slots: of the layout; None: `max_items`.
 
     Raises:
       ValueError: an operation is unknown, the lengths are not 2 <= min <= max <= 25, or there are

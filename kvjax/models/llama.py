@@ -153,7 +153,10 @@ def init(config: Config, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Mode
         elif name.endswith("bias"):
             params[name] = jnp.zeros(shape, dtype)
         else:
-            noise = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+            # Drawn as [in, out], the order of earlier versions: a seed stays the same model.
+            drawn = shape if name == "embed" else (*shape[:-2], shape[-1], shape[-2])
+            noise = jax.random.normal(jax.random.fold_in(key, index), drawn, jnp.float32)
+            noise = noise if name == "embed" else jnp.swapaxes(noise, -1, -2)
             params[name] = (noise * shape[-1] ** -0.5).astype(dtype)
     return Model(config, params)
 
