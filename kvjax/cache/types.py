@@ -257,11 +257,16 @@ class New:
       kv: k, v [L, B, H, T, D], pos [1, B, 1, T]; columns of `extra` per token (types, flags).
       seen: statistics of the rows, or None where they were not asked for.
       hidden: layer index -> hidden states entering that layer [B, T, D], where asked for.
+      recurrent: what advances the recurrent layers by each row, arrays [L, B, T, ...] (see
+        `kvjax.cache.Recurrence`), or None where there are no such layers.
+
+    L counts the layers of that kind: `kv` and `seen` have the attention layers only.
     """
 
     kv: KV
     seen: Observation | None = None
     hidden: dict[int, Array] = dataclasses.field(default_factory=dict)
+    recurrent: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,7 @@ def extend(
     Returns:
       (logits float32 [B, V] of each row's last token, cache).
     """
-    fold = cache.streaming and len(cache.groups) == 1 and not cache.needs_attention
+    fold = cache.foldable
     moving, rest = apart(cache)
     time = tokens.shape[1]
     size = time if chunk is None else min(chunk, time)

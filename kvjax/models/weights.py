@@ -13,7 +13,7 @@ import numpy as np
 
 from kvjax.models.config import Config
 from kvjax.models.errors import CheckpointError
-from kvjax.models.llama import Model, parameters
+from kvjax.models.llama import Model, dtype_of, parameters, stacked
 
 CHUNK_BYTES = 2**23  # float32 bytes of one tensor that are in flight at a time
 
@@ -76,9 +76,9 @@ def assemble(
 
     Args:
       config: what the model is.
-      find: (flat parameter name, layer; 0 for those without layers) -> Piece; raises
-        CheckpointError where the tensor is missing.
-      dtype: floating dtype of the parameters.
+      find: (flat parameter name, layer among those of its kind; 0 for those without layers) ->
+        Piece; raises CheckpointError where the tensor is missing.
+      dtype: floating dtype of the parameters (of a recurrence some stay float32).
       sharding: one sharding, a mapping from flat name, or a function of (flat name, shape); None:
         the default device.
       check_finite: refuse NaN and infinity.
@@ -94,9 +94,9 @@ def assemble(
         raise TypeError(f"dtype={dtype}: parameters need a floating dtype")
     plan = {}
     for name, (shape, _) in parameters(config).items():
-        stacked = name.startswith("layers.")
-        plan[name] = shape, [find(name, layer) for layer in range(shape[0] if stacked else 1)]
-        expected = shape[1:] if stacked else shape
+        layers = stacked(name)
+        plan[name] = shape, [find(name, layer) for layer in range(shape[0] if layers else 1)]
+        expected = shape[1:] if layers else shape
         for piece in plan[name][1]:
             if piece.shape != expected:
                 raise CheckpointError(
@@ -107,9 +107,10 @@ def assemble(
     params = {}
     for name in sorted(plan, key=lambda name: -math.prod(plan[name][0])):
         shape, pieces = plan[name]
+        own = np.dtype(dtype_of(config, name, dtype))
 
-        def block(index, name=name, shape=shape, pieces=pieces):
-            return _read_block(pieces, name, shape, index, dtype, check_finite, source)
+        def block(index, name=name, shape=shape, pieces=pieces, own=own):
+            return _read_block(pieces, name, shape, index, own, check_finite, source)
 
         params[name] = _place(block, shape, sharding_of(sharding, name, shape))
     return Model(config, params)
@@ -117,6 +118,8 @@ def assemble(
 
 def _check_rope(config: Config, source: str) -> None:
     """Refuses rotary rules that give no usable frequencies, before anything is allocated."""
+    if not config.attention_layers:
+        return
     for rope in (config.rope, config.local_rope):
         if rope is None:
             continue
@@ -165,7 +168,7 @@ def _place(block: Callable, shape: tuple[int, ...], sharding) -> jax.Array:
 def _read_block(pieces, name, shape, index, dtype, check_finite, source) -> np.ndarray:
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape)]
     out = np.empty([stop - start for start, stop in bounds], dtype)
-    if name.startswith("layers."):
+    if stacked(name):
         layers, *bounds = bounds
         targets = [(out[i], pieces[layer]) for i, layer in enumerate(range(*layers))]
     else:
