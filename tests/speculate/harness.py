@@ -58,7 +58,7 @@ class Guess(Drafter):
 
     def draft(self, state: Any, context: Context) -> Tree:
         size = (context.root.shape[0], self.shape.size)
-        tokens = jax.random.randint(context.key, size, -1, CONFIG.vocab_size)
+        tokens = jax.random.randint(context.key, size, -1, context.model.config.vocab_size)
         tokens = tokens.at[:, 0].set(context.root)
         return Tree(tokens, self.shape.parent(), self.shape.depth)
 
