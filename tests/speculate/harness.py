@@ -22,7 +22,7 @@ from kvjax.codecs import per_kv, quantize
 from kvjax.models import Config, llama
 from kvjax.speculate import Context, Drafter, Outcome, Template, Tree, chain_of, template
 
-CONFIG = Config(29, 32, 48, 2, 4, 2, 8)
+CONFIG = Config(29, 32, 48, 2, 4, 2, 8, tied=False)
 BATCH, PROMPT, NEW = 3, 16, 24
 ROOM = PROMPT + 2 * NEW
 LENGTHS = jnp.asarray([16, 9, 13])
@@ -39,9 +39,11 @@ BUSHY = template(
 
 
 def model() -> Any:
-    """Sharper than random: its best two tokens are seldom close."""
+    """Sharper than random, so that the best two tokens are seldom close, and not repeating itself:
+    its head is not its embedding, and attention has a say."""
     own = llama.init(CONFIG, jax.random.key(0))
-    own.embed[...] = own.embed[...] * 3.0
+    own.layers.v[...] = own.layers.v[...] * 4.0
+    own.head[...] = own.head[...] * 4.0
     return own
 
 
