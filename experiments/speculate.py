@@ -219,7 +219,8 @@ class Job:
                 if number >= len(self.prompts) - cold and jax.tree.leaves(out.drafter):
                     fresh[name].add(*self.drafted(filled, drafter), plain_seconds)
             if (number + 1) % 10 == 0:
-                progress(f"request {number + 1} of {len(self.prompts)}")
+                means = [f"{t.tokens / t.forwards:.2f} {name}" for name, t in tallies.items()]
+                progress(f"{number + 1} requests, tokens per forward: {', '.join(means)}")
         rows = []
         for name, tally in tallies.items():
             row = tally.row(name)
