@@ -11,7 +11,7 @@ import sys
 import pytest
 
 DRAFTERS = ("prompt_lookup(least=1)", "token_recycling(tree=6)")
-NEW, PROMPTS, COLD, BATCH = 8, 5, 2, 2
+NEW, PROMPTS, COLD, BATCH = 8, 5, 2, 1  # batches of one: fewer shapes to compile
 H2O = "h2o(tokens=12, release=4)"
 PROGRAM = """
 import dataclasses, json, sys
@@ -27,9 +27,9 @@ def watched(model, cache, logits, number, drafter, **how):
 s.speculate = watched
 s.main(s.FLAGS(argv))
 
-# Two near ties and one true difference, planted in what a drafter said.
+# A near tie and a true difference, planted in what a drafter said.
 job = s.Job({name: s.FLAGS[name].value for name in s.SETTINGS})
-filled = job.filled(job.prompts[:2])
+filled = job.filled(job.prompts[:1])
 plain, _ = job.plain(filled)
 mine = dataclasses.replace(plain, tokens=plain.tokens.at[:, 3].add(1))
 counts = []
@@ -69,7 +69,7 @@ def test_every_part_has_its_row(found):
     out, rows, printed = found
     lookup = DRAFTERS[0]
     assert list(rows) == [
-        *DRAFTERS, "random trees, batches of 2", f"{lookup}, batches of 2", f"{lookup} in {H2O}",
+        *DRAFTERS, "random trees, batches of 1", f"{lookup}, batches of 1", f"{lookup} in {H2O}",
     ]  # fmt: skip
     for row in rows.values():
         assert row["lossless"] is True and row["different"] == row["excused"]
@@ -78,7 +78,7 @@ def test_every_part_has_its_row(found):
         assert 1 <= row["mean_accepted_tokens"] <= 11
         assert row["drafter"][:12] in printed
     requests = [rows[name]["requests"] for name in rows]
-    assert requests == [PROMPTS, PROMPTS, PROMPTS - 1, PROMPTS - 1, BATCH]  # whole batches only
+    assert requests == [*(PROMPTS,) * 4, BATCH]
     assert (out / "accepted.png").stat().st_size > 10_000
 
 
@@ -93,7 +93,7 @@ def test_states_are_carried(found):
 
 
 def test_near_ties_are_told_from_differences(found):
-    assert json.loads(found[2].splitlines()[-1])["counts"] == [[2, 0], [2, 2]]
+    assert json.loads(found[2].splitlines()[-1])["counts"] == [[1, 0], [1, 1]]
 
 
 @pytest.mark.parametrize(
