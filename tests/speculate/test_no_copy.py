@@ -21,7 +21,10 @@ def compile_fully():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.mark.parametrize("drafter", [prompt_lookup(), token_recycling(9)])
+@pytest.mark.parametrize(
+    "drafter",
+    [prompt_lookup(), pytest.param(token_recycling(9), marks=pytest.mark.slow)],
+)
 def test_the_loop_copies_nothing_of_the_cache(drafter):
     shape = jax.ShapeDtypeStruct
     model = jax.eval_shape(lambda: llama.init(CONFIG, jax.random.key(0)))
