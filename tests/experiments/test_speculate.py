@@ -78,7 +78,7 @@ def test_every_part_has_its_row(found):
         assert 1 <= row["mean_accepted_tokens"] <= 11
         assert row["drafter"][:12] in printed
     requests = [rows[name]["requests"] for name in rows]
-    assert requests == [*(PROMPTS,) * 4, BATCH]
+    assert requests == [*(PROMPTS,) * 3, 2 * BATCH, BATCH]
     assert (out / "accepted.png").stat().st_size > 10_000
 
 

@@ -92,6 +92,19 @@ class Oracle(Drafter):
 
 
 @dataclasses.dataclass(frozen=True)
+class Scratch(Oracle):
+    """A scratch row of noise below every node, run but not accepted."""
+
+    def draft(self, state: Any, context: Context) -> Tree:
+        tree = super().draft(state, context)
+        size = tree.size
+        tokens = jnp.concatenate([tree.tokens, jnp.full(tree.tokens.shape, -1)], 1)
+        parent = jnp.concatenate([tree.parent, jnp.arange(size)[None]], 1)
+        noise = jax.random.normal(context.key, (*tokens.shape, CONFIG.width))
+        return Tree(tokens, parent, tree.depth + 1, embeddings=noise)
+
+
+@dataclasses.dataclass(frozen=True)
 class Drawn(Drafter):
     """A chain drawn from a fixed law per place; its state counts calls and keeps what it saw."""
 

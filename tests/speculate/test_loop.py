@@ -20,6 +20,7 @@ from tests.speculate.harness import (
     ROOM,
     Guess,
     Oracle,
+    Scratch,
     Witness,
     model,
     prompts,
@@ -71,7 +72,13 @@ DRAFTERS = {
     "lookup": prompt_lookup(least=1),
     "recycling": token_recycling(9),
 }
-QUICK = {("dense", "random"), ("dense", "lookup"), ("dense", "recycling"), ("h2o", "half")}
+DRAFTERS["scratch"] = Scratch(4, wrong=3)
+QUICK = {("dense", "scratch")} | {
+    ("dense", "random"),
+    ("dense", "lookup"),
+    ("dense", "recycling"),
+    ("h2o", "half"),
+}
 QUICK |= {("kivi", "half")}
 
 
