@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache import apart, init_cache, nbytes
+from kvjax.cache import apart, by_position, commit, init_cache, nbytes
 from kvjax.codecs import quantize
 from kvjax.diffusion import Choice, blocks, dkv_decode, generate, llada, loop, no_cache, quota
 from kvjax.diffusion import threshold as at_least
 from kvjax.models import Config
+from kvjax.models.decoder import forward
 from kvjax.models.llama import flatten, init
+from tests.compress.harness import quick_jit
 from tests.diffusion import reference
 from tests.diffusion.test_reference import (
     CONFIG,
@@ -150,3 +152,26 @@ def test_the_loop_copies_nothing_of_the_cache():
             copied += [line] if re.search(r" copy(-start)?\(", line) else []
     assert written and not copied
     assert compiled.memory_analysis().alias_size_in_bytes >= nbytes(moving) - 1024
+
+
+def test_long_canvases():
+    """Beyond 256 rows attention goes block by block; and with half of the positions held."""
+    own, width = model(), 300
+    tokens = np.random.default_rng(3).integers(0, MASK, width).astype(np.int32)
+    network = reference.Network(CONFIG, flatten(own))
+    expected = network(tokens.tolist(), list(range(width)))
+    step = quick_jit(forward)
+    cache = init_cache(CONFIG, by_position(width), 1, width)
+    every = jnp.arange(width, dtype=jnp.int32)
+    logits, new = step(own, tokens[None], every[None], cache)
+    # Float32 against float64, some thirty operations in sequence.
+    limit = 2e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(logits[0], expected, atol=limit, rtol=0)
+    odd = every[every % 7 != 0]  # 257 positions, still more than one block of rows
+    network.keep(set(range(width)))
+    changed = np.where(np.arange(width) % 7 == 1, MASK, tokens).astype(np.int32)
+    expected = network(changed.tolist(), odd.tolist())
+    cache = quick_jit(commit)(cache, new)
+    place = jnp.pad(odd, (0, 43), constant_values=-1)[None]
+    logits, _ = step(own, changed[None, np.maximum(place[0], 0)], place, cache)
+    np.testing.assert_allclose(logits[0, :257], expected, atol=limit, rtol=0)
