@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -287,6 +287,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(str(error)) from None
     if keep_compiled:
         common.compile_cache()
+    logging.set_verbosity(logging.WARNING)  # orbax says some 30 lines per checkpoint
     run(settings, results, out, every)
     for path in (results.path, out / "training.png", out / "model"):
         common.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
