@@ -43,8 +43,8 @@ flags.DEFINE_string("text", "", "A UTF-8 text file; empty: the Python language r
 flags.DEFINE_string("questions", "", "A .jsonl file with 'turns' or 'question', in place of text.")
 flags.DEFINE_integer("prompts", 50, "Requests.", lower_bound=1)
 flags.DEFINE_integer("longest", 160, "Tokens of the longest prompt.", lower_bound=16)
-flags.DEFINE_integer("new_tokens", 48, "Tokens decoded per request.", lower_bound=2)
-flags.DEFINE_integer("cold", 10, "Last requests run with fresh states too.", lower_bound=0)
+flags.DEFINE_integer("new_tokens", 32, "Tokens decoded per request.", lower_bound=2)
+flags.DEFINE_integer("cold", 8, "Last requests run with fresh states too.", lower_bound=0)
 flags.DEFINE_integer("batch", 10, "Prompts per batch in the second part.", lower_bound=1)
 flags.DEFINE_string("methods", METHODS, "Caches of the third part, on one batch; empty: none.")
 flags.DEFINE_float(
@@ -219,7 +219,8 @@ class Job:
                 if number >= len(self.prompts) - cold and jax.tree.leaves(out.drafter):
                     fresh[name].add(*self.drafted(filled, drafter), plain_seconds)
             if (number + 1) % 10 == 0:
-                progress(f"request {number + 1} of {len(self.prompts)}")
+                means = [f"{t.tokens / t.forwards:.2f} {name}" for name, t in tallies.items()]
+                progress(f"{number + 1} requests, tokens per forward: {', '.join(means)}")
         rows = []
         for name, tally in tallies.items():
             row = tally.row(name)
@@ -289,7 +290,7 @@ def run(settings: dict[str, Any], results: common.Results) -> None:
     size = settings["batch"]
     todo = [
         (f"{RANDOM}, batches of {size}", RandomTrees(small_tree(5)), None, job.prompts),
-        (f"{name}, batches of {size}", first, None, job.prompts),
+        (f"{name}, batches of {size}", first, None, job.prompts[: 2 * size]),
     ]
     for label, method in job.methods.items():
         todo.append((f"{name} in {label}", first, method, job.prompts[:size]))

@@ -84,10 +84,8 @@ def forward(
     if statistics is None:
         statistics = cache is not None and cache.needs_attention
     valid = positions >= 0
-    x = model.embed[...][jnp.where(valid, tokens, 0)] if embeddings is None else embeddings
+    x = embed(model, jnp.where(valid, tokens, 0)) if embeddings is None else embeddings
     x = jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
-    if config.embed_scale is not None and embeddings is None:
-        x = x * jnp.asarray(config.embed_scale, x.dtype)
     length = positions.shape[1] if cache is None else cache.max_length
     if cache is None:
         rope, span = rope_of(config, length), span_of(config)
@@ -194,6 +192,13 @@ def forward(
         return inputs[config.attention_layers.index(layer)]
 
     return result, New(kv, observed, {i: entering(i) for i in hidden}, rows)
+
+
+def embed(model: Model, tokens: Array) -> Array:
+    """What the first layer reads for tokens int32 [...]: [..., D]."""
+    x = model.embed[...][tokens]
+    scale = model.config.embed_scale
+    return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
 
 def rms_norm(x: Array, weight: Array, config: Config) -> Array:

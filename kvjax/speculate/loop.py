@@ -19,7 +19,7 @@ from kvjax.cache.types import pytree
 from kvjax.decode.loop import _check_room
 from kvjax.decode.process import Processor, processors
 from kvjax.decode.sample import Sampler
-from kvjax.models.decoder import forward
+from kvjax.models.decoder import embed, forward
 from kvjax.models.llama import Model
 from kvjax.speculate.drafter import Context, Drafter, Outcome
 from kvjax.speculate.verify import _Law, verify
@@ -91,7 +91,8 @@ def speculate(
         and processors that read them.
       state: the drafter's, of a previous generation; None: a new one.
       constants: arrays that the drafter reads; never donated.
-      sampler, key, stop, processor, limit: as for `generate`.
+      sampler, key, stop, processor, limit: as for `generate`; `host_mask` is asked once per token
+        drawn, and cannot be used with drafters that say from which law they draw.
       resume: continue where that generation ended (drafter, history, processor, stopped rows).
       verifier: called as `verify` is; another rule makes it another method.
       donate: overwrite the given cache, which must not be used again; False: copy it once.
@@ -196,8 +197,14 @@ def _speculate_body(
         tree = drafter.draft(carry.drafter, context)
         ancestors = tree.ancestors()
         positions = tree.positions(jnp.where(active, cache.length, -1), ancestors)
+        known = tree.tokens >= 0
+        tokens, inputs = jnp.where(known, tree.tokens, 0), None
+        if tree.embeddings is not None:
+            inputs = embed(model, tokens)
+            inputs = jnp.where(known[..., None], inputs, tree.embeddings.astype(inputs.dtype))
+            tokens = None
         out, new = forward(
-            model, jnp.maximum(tree.tokens, 0), positions, cache,
+            model, tokens, positions, cache, embeddings=inputs,
             phase="verify", mask="causal" if tree.chain else ancestors, hidden=drafter.hidden,
         )  # fmt: skip
 
@@ -239,6 +246,7 @@ def _speculate_body(
             carry.forwards + active,
         )
 
+    limit = jnp.minimum(limit, new_tokens)
     logits = logits.astype(jnp.float32)
     law = _Law(sampler, processor, stop, key, drawn)
     root, logprob = sampler.draw(processor(own, logits), law.keys(jnp.zeros((batch,), jnp.int32)))

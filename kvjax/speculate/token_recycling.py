@@ -55,7 +55,7 @@ class TokenRecycling(Drafter):
     def update(self, state: Array, context: Context, outcome: Outcome) -> Array:
         best = jax.lax.top_k(outcome.logits, self.width)[1].astype(jnp.int32)
         path = outcome.path
-        there = outcome.positions >= 0
+        there = (outcome.positions >= 0) & (outcome.tree.tokens >= 0)
         batch, size = there.shape
         row = jnp.arange(batch)[:, None]
         real = jnp.zeros((batch, size), bool)

@@ -25,6 +25,8 @@ class Tree:
         (those of lower index) were drawn; None: nodes were chosen without chance, or need not say.
       chain: static, whether every node's parent is the node before it. Recurrent layers, which take
         rows one after the other, can verify nothing else.
+      embeddings: [B, N, D], what the target reads at nodes without a token (-1): scratch rows, run
+        and shown to the drafter, never accepted and never written. None: there are none.
     """
 
     tokens: Array
@@ -32,6 +34,7 @@ class Tree:
     depth: int
     q: Array | None = None
     chain: bool = False
+    embeddings: Array | None = None
 
     @property
     def size(self) -> int:
@@ -56,7 +59,8 @@ class Tree:
         """int32 [B, N], root [B] plus the depth of each node; -1 where there is no node."""
         above = self.ancestors() if ancestors is None else ancestors
         depth = jnp.sum(above, -1, dtype=jnp.int32) - 1
-        there = jnp.all(~above | (self.tokens >= 0)[:, None, :], -1)
+        scratch = self.embeddings is not None
+        there = jnp.all(~above | scratch | (self.tokens >= 0)[:, None, :], -1)
         return jnp.where(there & (root >= 0)[:, None], root[:, None] + depth, -1)
 
 

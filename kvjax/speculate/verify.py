@@ -173,7 +173,7 @@ def _match(tree: Tree, logits: Array, law: _Law, start: _Walk, allowed: Array) -
 
 def _test(tree: Tree, logits: Array, law: _Law, start: _Walk, allowed: Array) -> _Walk:
     """Tests node after node: those whose parent is where the row stands are its candidates."""
-    there = tree.positions(jnp.zeros_like(allowed)) >= 0
+    there = (tree.tokens >= 0) & (tree.positions(jnp.zeros_like(allowed)) >= 0)
     parent = jnp.broadcast_to(tree.parent, there.shape)
 
     def probabilities(state: Any, own: Array) -> tuple[Array, Array]:

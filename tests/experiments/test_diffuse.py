@@ -54,7 +54,8 @@ def finished(tmp_path_factory):
     )  # fmt: skip
     save_pretrained(init(config, jax.random.key(0)), folder / "model", tokenizer())
     arguments = (
-        f"--model={folder / 'model'}", f"--out={folder / 'out'}", "--tasks=copy",
+        f"--model={folder / 'model'}", f"--out={folder / 'out'}", "--tasks=copy,speed",
+        "--prompt=4", "--new_tokens=4",
         "--tokens_per_step=2", "--items=6", "--slots=6", "--examples=5", "--batch=4",
         "--rounds=1", "--caches=dkv_decode(refresh=2, codec=quantize(bits=4, axis='token'))",
     )  # fmt: skip
@@ -69,20 +70,24 @@ def test_rows_and_picture(finished):
     rows = {row["method"]: row for row in whole["rows"]}
     coded = "dkv_decode(refresh=2, codec=quantize(bits=4, axis='token'))"
     assert list(rows) == [
-        f"copy, {unmasker}, {cache}"
+        f"{task}, {unmasker}, {cache}"
+        for task in ("copy", "speed")
         for unmasker in ("2 per step", "threshold(value=0.9)")
         for cache in ("no_cache", coded)
     ]
     for name, row in rows.items():
-        assert row.keys() == KEYS | ({"ideal"} if "per step" in name else set())
-        assert row["task"] in text and 0 <= row["accuracy"] <= 1
+        known = row["task"] == "copy"
+        assert row.keys() == KEYS | ({"ideal"} if known and "per step" in name else set())
+        assert row["task"] in text and row["tokens_per_second"] > 0 < row["ratio_to_uncached"]
+        assert 0 <= row["accuracy"] <= 1 if known else row["accuracy"] is None
     plain, cached = rows["copy, 2 per step, no_cache"], rows[f"copy, 2 per step, {coded}"]
     assert plain["evaluations"] == cached["evaluations"] == 3 and plain["ideal"] == 1
     assert plain["positions_active"] == plain["positions_computed"] == 3 * 15
     assert plain["positions_active"] >= cached["positions_computed"] >= cached["positions_active"]
+    assert rows["speed, 2 per step, no_cache"]["positions_computed"] == 2 * 8
     assert plain["cache_bytes"] == 0 < cached["cache_bytes"]
     assert (folder / "out" / "diffuse.png").stat().st_size > 10_000
-    assert "runs: 4" in text
+    assert "runs: 8" in text
 
 
 def test_goes_on_where_it_stopped_and_refuses_what_is_wrong(finished):

@@ -22,7 +22,7 @@ from kvjax.codecs import per_kv, quantize
 from kvjax.models import Config, llama
 from kvjax.speculate import Context, Drafter, Outcome, Template, Tree, chain_of, template
 
-CONFIG = Config(29, 32, 48, 2, 4, 2, 8)
+CONFIG = Config(29, 32, 48, 2, 4, 2, 8, tied=False)
 BATCH, PROMPT, NEW = 3, 16, 24
 ROOM = PROMPT + 2 * NEW
 LENGTHS = jnp.asarray([16, 9, 13])
@@ -39,9 +39,11 @@ BUSHY = template(
 
 
 def model() -> Any:
-    """Sharper than random: its best two tokens are seldom close."""
+    """Sharper than random, so that the best two tokens are seldom close, and not repeating itself:
+    its head is not its embedding, and attention has a say."""
     own = llama.init(CONFIG, jax.random.key(0))
-    own.embed[...] = own.embed[...] * 3.0
+    own.layers.v[...] = own.layers.v[...] * 4.0
+    own.head[...] = own.head[...] * 4.0
     return own
 
 
@@ -58,7 +60,7 @@ class Guess(Drafter):
 
     def draft(self, state: Any, context: Context) -> Tree:
         size = (context.root.shape[0], self.shape.size)
-        tokens = jax.random.randint(context.key, size, -1, CONFIG.vocab_size)
+        tokens = jax.random.randint(context.key, size, -1, context.model.config.vocab_size)
         tokens = tokens.at[:, 0].set(context.root)
         return Tree(tokens, self.shape.parent(), self.shape.depth)
 
@@ -87,6 +89,19 @@ class Oracle(Drafter):
         spine = [0] + [self.branches * (i + 1) for i in range(self.length - 1)]
         parent = jnp.asarray([[-1] + [p for p in spine for _ in range(self.branches)]])
         return Tree(tokens, parent, self.length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scratch(Oracle):
+    """A scratch row of noise below every node, run but not accepted."""
+
+    def draft(self, state: Any, context: Context) -> Tree:
+        tree = super().draft(state, context)
+        size = tree.size
+        tokens = jnp.concatenate([tree.tokens, jnp.full(tree.tokens.shape, -1)], 1)
+        parent = jnp.concatenate([tree.parent, jnp.arange(size)[None]], 1)
+        noise = jax.random.normal(context.key, (*tokens.shape, CONFIG.width))
+        return Tree(tokens, parent, tree.depth + 1, embeddings=noise)
 
 
 @dataclasses.dataclass(frozen=True)

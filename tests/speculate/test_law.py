@@ -36,7 +36,14 @@ def conditionals(target):
     return out[:, 2:]
 
 
-@pytest.mark.parametrize("sampler", [Sampler(0.6), Sampler(1.0), Sampler(1.7, top_k=4, top_p=0.9)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Sampler(0.6),
+        Sampler(1.7, top_k=4, top_p=0.9),
+        pytest.param(Sampler(1.0), marks=pytest.mark.slow),
+    ],
+)
 def test_three_tokens_have_the_law_of_plain_sampling(target, conditionals, sampler):
     p = np.asarray(jax.nn.softmax(sampler.filter(conditionals), -1), np.float64)
     p = p.reshape(V, V, 3, V)

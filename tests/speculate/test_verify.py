@@ -147,7 +147,12 @@ def test_acceptance_is_that_of_theory():
 
 @pytest.mark.parametrize(
     "sampler",
-    [Sampler(0.5), Sampler(1.0), Sampler(1.5, top_k=3), Sampler(0.8, top_p=0.7), Sampler(2.0)],
+    [
+        Sampler(0.5),
+        Sampler(1.5, top_k=3),
+        Sampler(0.8, top_p=0.7),
+        *(pytest.param(Sampler(t), marks=pytest.mark.slow) for t in (0.3, 1.0, 2.0)),
+    ],
 )
 @pytest.mark.parametrize("drawn", [False, True])
 def test_two_tokens_of_a_chain(sampler, drawn):
