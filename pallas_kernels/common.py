@@ -12,6 +12,8 @@ from jax import Array
 from kvjax.cache.types import Partial
 
 Implementation = Literal["reference", "tpu", "gpu"]
+# Query rows of one key-value head, at most: these kernels are for a few rows, not for prompts.
+ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,19 @@ def implementation_of(name: Implementation | None) -> Implementation:
     return name
 
 
+def check_dtypes(implementation: Implementation, **arrays: Array) -> None:
+    """Raises ValueError for floats that a backend's compiler does not take."""
+    takes = (
+        ("float32", "bfloat16") if implementation == "tpu" else ("float32", "bfloat16", "float16")
+    )
+    for name, x in arrays.items():
+        if implementation != "reference" and x.dtype.name not in takes:
+            raise ValueError(
+                f"{name} is {x.dtype.name}: implementation={implementation!r} takes "
+                f"{', '.join(takes)}"
+            )
+
+
 def shape_of(
     q: Array, lead: tuple[int, ...], slots: int, pos: Array, bias: Array | None,
     softcap: float | None, q_pos: Array | None, span: Any,
@@ -81,10 +96,13 @@ def shape_of(
     slots = min(slots, pos.shape[3], slots if bias is None else bias.shape[3])
     if slots < 1:
         raise ValueError("keys have no slots: attention over none is Partial.identity")
-    window = span is not None
-    return Shape(
-        batch, heads, q.shape[1], q.shape[2], q.shape[3], slots, softcap, window, bias is not None
-    )
+    shape = Shape(batch, heads, *q.shape[1:], slots, softcap, span is not None, bias is not None)
+    if shape.rows > ROWS:
+        raise ValueError(
+            f"q has shape {q.shape}: {shape.rows} rows for each of {heads} key-value heads, and "
+            f"kernels for decoding take up to {ROWS}"
+        )
+    return shape
 
 
 def ends(used: Array | int | None, shape: Shape) -> Array:

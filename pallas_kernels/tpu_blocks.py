@@ -188,4 +188,3 @@ def softmax_step(
     top[i] = jnp.broadcast_to(now, top.shape[1:])
     total[i] = jnp.broadcast_to(sums, total.shape[1:])
     return weights, shrink, valid
-

@@ -13,6 +13,7 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.chain import Chain, chain
+from kvjax.cache.kernels import Kernels, kernels_of
 from kvjax.cache.stage import Commit, Stage
 from kvjax.cache.types import (
     KV,
@@ -29,7 +30,7 @@ from kvjax.cache.types import (
 )
 
 
-@pytree("transforms", "groups", "softcap", "max_length")
+@pytree("transforms", "groups", "softcap", "max_length", "kernels")
 class Cache:
     """Everything that is held of a batch of sequences. Immutable.
 
@@ -39,6 +40,8 @@ class Cache:
       constants: arrays never donated: "rope", "span" (sliding windows) and those of the transform.
       transforms: one transform per group, static.
       groups: which layers each group holds, static.
+      kernels: what attends to held tokens where it can, static: "xla" (plain JAX), the Pallas
+        kernels for "tpu" or "gpu", or "interpret" (those for TPU, on any backend, for tests).
     """
 
     state: tuple[Any, ...]
@@ -48,6 +51,7 @@ class Cache:
     groups: tuple[tuple[int, ...], ...]
     softcap: float | None
     max_length: int
+    kernels: Kernels = "xla"
 
     def replace(self, **changes: Any) -> Cache:
         return dataclasses.replace(self, **changes)
@@ -90,6 +94,7 @@ def init_cache(
     dtype: Any = jnp.float32,
     exact_layers: Sequence[int] = (),
     constants: Mapping[str, Any] | None = None,
+    kernels: Kernels | None = None,
 ) -> Cache:
     """An empty cache for a model.
 
@@ -106,10 +111,13 @@ def init_cache(
         end).
       constants: arrays that the transform reads by name (calibration, shared prefixes), their
         first axis that of layers, or of size 1.
+      kernels: "xla", "tpu", "gpu" or "interpret", see `Cache`; None: "tpu" or "gpu" if that is the
+        default backend, else "xla". `kvjax.cache.kernels` says where kernels apply.
 
     Raises:
       ValueError: sizes that do not fit each other, the model or the transform.
     """
+    kernels = kernels_of(kernels)
     if isinstance(transform, Stage):
         transform = chain(transform)
     if not isinstance(transform, Chain):
@@ -161,6 +169,7 @@ def init_cache(
         tuple(layers for layers, _ in plan),
         config.attention_softcap,
         max_length,
+        kernels,
     )
 
 

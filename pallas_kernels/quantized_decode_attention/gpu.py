@@ -30,7 +30,7 @@ def _kernel(*refs, shape: Shape, programs: Programs, form: Form, dtype: Any):
         accs, top, total = carry
         row = first * each + n * ROWS + jax.lax.iota(jnp.int32, ROWS)
         mine = row < last * each
-        row = jnp.minimum(row, shape.slots // form.k_group * each - 1)
+        row = jnp.minimum(row, k.shape[3] * each - 1)
         unit, i = row // each, row % each
         here = (unit[:, None], column[None, :])
         packed = k[(*given.at(k), unit[:, None], i[:, None], column[None, :])].astype(jnp.int32)
@@ -39,8 +39,10 @@ def _kernel(*refs, shape: Shape, programs: Programs, form: Form, dtype: Any):
         for plane, shift in enumerate(range(0, 8, form.k_bits)):
             codes = ((packed >> shift) & (2**form.k_bits - 1)).astype(jnp.float32)
             slot = unit * form.k_group + plane * each + i
+            counts = mine & (slot < shape.slots)
+            slot = jnp.minimum(slot, shape.slots - 1)
             s = dot(q, (codes * scale + low).astype(dtype), 1)
-            s, valid = given.masked(s, slot, mine)
+            s, valid = given.masked(s, slot, counts)
             weights, shrink, top, total = softmax_step(s, top, total)
             group = (*given.at(v), slot[:, None], (byte // v_each)[None, :])
             # Scales of empty slots may be anything: their weight is 0, but 0 * NaN is not.
