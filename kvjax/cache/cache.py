@@ -13,6 +13,7 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.chain import Chain, chain
+from kvjax.cache.kernels import Kernels, kernels_of
 from kvjax.cache.recurrent import Recurrence
 from kvjax.cache.stage import FOREVER, Commit, Stage
 from kvjax.cache.types import (
@@ -30,7 +31,7 @@ from kvjax.cache.types import (
 )
 
 
-@pytree("transforms", "groups", "softcap", "max_length")
+@pytree("transforms", "groups", "softcap", "max_length", "kernels")
 class Cache:
     """Everything that is held of a batch of sequences. Immutable.
 
@@ -40,6 +41,8 @@ class Cache:
       constants: arrays never donated: "rope", "span" (sliding windows) and those of the transform.
       transforms: one per group, static: a chain for attention layers, a recurrence for others.
       groups: which layers each group holds, counted among the layers of its kind; static.
+      kernels: what attends to held tokens where it can, static: "xla" (plain JAX), the Pallas
+        kernels for "tpu" or "gpu", or "interpret" (those for TPU, on any backend, for tests).
     """
 
     state: tuple[Any, ...]
@@ -49,6 +52,7 @@ class Cache:
     groups: tuple[tuple[int, ...], ...]
     softcap: float | None
     max_length: int
+    kernels: Kernels = "xla"
 
     def replace(self, **changes: Any) -> Cache:
         return dataclasses.replace(self, **changes)
@@ -108,6 +112,7 @@ def init_cache(
     exact_layers: Sequence[int] = (),
     constants: Mapping[str, Any] | None = None,
     recurrence: Recurrence | None = None,
+    kernels: Kernels | None = None,
 ) -> Cache:
     """An empty cache for a model.
 
@@ -126,10 +131,13 @@ def init_cache(
       constants: arrays that the transform reads by name (calibration, shared prefixes), their
         first axis that of layers, or of size 1.
       recurrence: how the state of recurrent layers is held; None: as the model's layers say.
+      kernels: "xla", "tpu", "gpu" or "interpret", see `Cache`; None: "tpu" or "gpu" if that is the
+        default backend, else "xla". `kvjax.cache.kernels` says where kernels apply.
 
     Raises:
       ValueError: sizes that do not fit each other, the model or the transform.
     """
+    kernels = kernels_of(kernels)
     if isinstance(transform, Stage):
         transform = chain(transform)
     if not isinstance(transform, Chain):
@@ -196,6 +204,7 @@ def init_cache(
         tuple(layers for layers, _ in plan),
         config.attention_softcap,
         max_length,
+        kernels,
     )
 
 

@@ -166,7 +166,7 @@ def rotate(x: Array, pos: Array, rope: Rope, inverse: bool = False) -> Array:
     return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], -1)
 
 
-@pytree("softcap", "window", "differentiable")
+@pytree("softcap", "window", "differentiable", "kernels")
 class Query:
     """What one layer asks of the cache.
 
@@ -182,6 +182,7 @@ class Query:
       softcap: c of c tanh(x / c) on logits, or None.
       window: whether any layer has a sliding window.
       differentiable: loop a static number of times, so that reverse-mode gradients exist.
+      kernels: which implementation attends to held tokens; see `Cache`.
     """
 
     q: Array
@@ -194,6 +195,7 @@ class Query:
     softcap: float | None = None
     window: bool = False
     differentiable: bool = False
+    kernels: str = "xla"
 
     def grouped(self, q: Array, heads: int) -> Array:
         """[B, Hq, T, D] -> [B, H, G * T, D]: the query heads that share a key-value head."""

@@ -111,6 +111,7 @@ def forward(
             turned, raw, positions, rope, span,
             {} if cache is None else cache.constants,
             jnp.zeros((x.shape[0],), jnp.int32), config.attention_softcap, windowed, differentiable,
+            "xla" if cache is None else cache.kernels,
         )  # fmt: skip
         part = attend_new(query, keys, v, mask)
         if cache is not None and read:

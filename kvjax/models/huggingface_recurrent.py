@@ -164,5 +164,5 @@ def recurrent_json(config: Config) -> dict[str, Any]:
 
 
 def rope_parameters(rope: RopeConfig, partial: float) -> dict[str, Any]:
-    """The `rope_parameters` object of config.json: the base, and the part of a head that rotates."""
+    """`rope_parameters` of config.json: the base, and the part of a head that rotates."""
     return {"rope_type": "default", "rope_theta": rope.base, "partial_rotary_factor": partial}
