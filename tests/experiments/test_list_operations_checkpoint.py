@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,15 +40,9 @@ def test_size_and_files(model):
     size = sum(path.stat().st_size for path in FOLDER.iterdir())
     assert size < 10_000_000
     assert model.config.mask_token == MASK and model.config.bidirectional
-    assert 1_000_000 < sum(value.size for value in _arrays(model)) < 3_000_000
+    assert 1_000_000 < sum(value.size for value in jax.tree.leaves(model)) < 3_000_000
     stored = load(FOLDER)[1]
     assert stored.backend.get_vocab() == tokenizer().backend.get_vocab()
-
-
-def _arrays(model):
-    import jax
-
-    return jax.tree.leaves(model)
 
 
 def test_one_token_per_step_is_right(model):
