@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -48,7 +48,7 @@ flags.DEFINE_integer("width", 128, "Width of the model.", lower_bound=8)
 flags.DEFINE_integer("heads", 4, "Attention heads.", lower_bound=1)
 flags.DEFINE_integer("mlp_width", 512, "Width within the MLPs.", lower_bound=8)
 flags.DEFINE_float("rope_base", 10000.0, "Base of the rotary frequencies.", lower_bound=1.0)
-flags.DEFINE_integer("steps", 4000, "Training steps.", lower_bound=1)
+flags.DEFINE_integer("steps", 3000, "Training steps.", lower_bound=1)
 flags.DEFINE_integer("batch", 64, "Examples per step.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 1.5e-3, "Its peak.", lower_bound=0.0)
 flags.DEFINE_integer("warmup", 200, "Steps of linear warm-up; then a cosine to 5 %.", lower_bound=0)
@@ -73,7 +73,7 @@ SETTINGS = (
     "evaluate_every", "examples", "items", "tokens_per_step",
 )  # fmt: skip
 OTHERS = ("checkpoint_every", "out", "compile_cache")
-HELD_OUT = 1_000_003  # added to the seed: examples that training never draws from
+HELD_OUT = 1_000_003  # added to the seed: another set than that of training
 FOREVER = 2**31 - 1  # examples, more than any run uses
 BY_STEP = "training step"
 
@@ -287,6 +287,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(str(error)) from None
     if keep_compiled:
         common.compile_cache()
+    logging.set_verbosity(logging.WARNING)  # orbax says some 30 lines per checkpoint
     run(settings, results, out, every)
     for path in (results.path, out / "training.png", out / "model"):
         common.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
