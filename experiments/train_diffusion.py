@@ -73,7 +73,7 @@ SETTINGS = (
     "evaluate_every", "examples", "items", "tokens_per_step",
 )  # fmt: skip
 OTHERS = ("checkpoint_every", "out", "compile_cache")
-HELD_OUT = 1_000_003  # added to the seed: examples that training never draws from
+HELD_OUT = 1_000_003  # added to the seed: another set than that of training
 FOREVER = 2**31 - 1  # examples, more than any run uses
 BY_STEP = "training step"
 
