@@ -60,7 +60,7 @@ def table() -> str:
 
     spec = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     rows = [
-        "| TPU | stored in | B, H, Hq/H, N, D | bytes per layer | at best | XLA says | temporary |",
+        "| TPU | stored in | B, H, Hq/H, N, D | bytes of a layer | at best | XLA says | other |",
         "|---|---|---|---|---|---|---|",
     ]
     for chip, (name, speed) in TPUS.items():
