@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import importlib
 
-_MODULES = ("cache", "codecs", "compress", "decode", "evaluate", "models", "speculate")
+_MODULES = (
+    "cache", "codecs", "compress", "data", "decode", "diffusion", "evaluate", "models",
+    "speculate", "train",
+)  # fmt: skip
 _HOMES = {
     "Cache": "cache",
     "chain": "cache",

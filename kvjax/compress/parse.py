@@ -35,7 +35,7 @@ METHODS: dict[str, Callable[..., Chain]] = {
 
 
 def parse(
-    text: str, known: Mapping[str, Callable[..., Any]] | None = None, what: str = "methods"
+    text: str, known: Mapping[str, Callable[..., Any]] = METHODS, name: str = "methods"
 ) -> list[tuple[str, Any]]:
     """Methods written as in Python, separated by semicolons: [(label, chain), ...].
 
@@ -43,8 +43,8 @@ def parse(
     arguments; nothing is evaluated. The label is the expression in normal form.
 
     Args:
-      known: functions by name; None: the methods of this package.
-      what: the name of `text` in messages.
+      known: functions by name; other vocabularies than methods are read alike.
+      name: what error messages call the text.
 
     Raises:
       ValueError: syntax (with its place), unknown methods (with the nearest names), unknown
@@ -53,35 +53,33 @@ def parse(
     >>> [label for label, _ in parse("dense; snapkv( keep=.5,storage=kivi(bits=4) )")]
     ['dense', 'snapkv(keep=0.5, storage=kivi(bits=4))']
     """
-    known = METHODS if known is None else known
     found = []
     start = 0
     for piece in text.split(";"):
         if piece.strip():
-            found.append(_one(text, piece, start, known, what))
+            found.append(_one(_Place(text, start, known, name), piece))
         start += len(piece) + 1
     if not found:
-        raise ValueError(f"{what}={text!r}: expected at least one of {', '.join(known)}")
+        raise ValueError(f"{name}={text!r}: expected at least one of {', '.join(known)}")
     return found
 
 
-def _one(text: str, piece: str, start: int, known: Any, what: str) -> tuple[str, Any]:
-    start += len(piece) - len(piece.lstrip())
+def _one(where: _Place, piece: str) -> tuple[str, Any]:
+    where.start += len(piece) - len(piece.lstrip())
     try:
         node = ast.parse(piece.strip(), mode="eval").body
     except (SyntaxError, ValueError) as error:
-        at = start + (getattr(error, "offset", None) or 1)
+        at = where.start + (getattr(error, "offset", None) or 1)
         reason = getattr(error, "msg", None) or error
-        raise ValueError(f"{what}={text!r}: {reason}, at character {at}") from None
-    where = _Place(text, start, known, what)
+        raise ValueError(f"{where.name}={where.text!r}: {reason}, at character {at}") from None
     return ast.unparse(node), where.method(node)
 
 
 class _Place:
     """Builds what a parsed expression says, and knows where in the text it stands."""
 
-    def __init__(self, text: str, start: int, known: Mapping[str, Any], what: str):
-        self.text, self.start, self.known, self.what = text, start, known, what
+    def __init__(self, text: str, start: int, known: Mapping[str, Callable], name: str):
+        self.text, self.start, self.known, self.name = text, start, known, name
 
     def method(self, node: ast.expr) -> Any:
         call = node if isinstance(node, ast.Call) else None
@@ -112,7 +110,7 @@ class _Place:
         try:
             return function(**given)
         except TypeError as error:  # a literal of a type that the method cannot compare
-            raise ValueError(f"{self.what}={self.text!r}: {name.id}: {error}") from error
+            raise ValueError(f"{self.name}={self.text!r}: {name.id}: {error}") from error
 
     def value(self, node: ast.expr) -> Any:
         try:
@@ -122,4 +120,4 @@ class _Place:
 
     def fail(self, node: Any, message: str) -> None:
         at = self.start + node.col_offset + 1
-        raise ValueError(f"{self.what}={self.text!r}: {message}, at character {at}")
+        raise ValueError(f"{self.name}={self.text!r}: {message}, at character {at}")

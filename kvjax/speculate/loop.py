@@ -98,7 +98,8 @@ def speculate(
       donate: overwrite the given cache, which must not be used again; False: copy it once.
 
     Raises:
-      ValueError: no room in the cache, or a sampler without key.
+      ValueError: no room in the cache, a sampler without key, or a tree with branches for a model
+        with recurrent layers.
     """
     sampler = Sampler() if sampler is None else sampler
     if sampler.temperature > 0 and key is None:
@@ -204,7 +205,7 @@ def _speculate_body(
             tokens = None
         out, new = forward(
             model, tokens, positions, cache, embeddings=inputs,
-            phase="verify", mask=ancestors, hidden=drafter.hidden,
+            phase="verify", mask="causal" if tree.chain else ancestors, hidden=drafter.hidden,
         )  # fmt: skip
 
         left = limit - carry.count - 1  # beyond the root

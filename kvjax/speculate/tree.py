@@ -13,7 +13,7 @@ from jax import Array
 from kvjax.cache.types import pytree
 
 
-@pytree("depth")
+@pytree("depth", "chain")
 class Tree:
     """Guesses for each row of a batch. Node 0 is the root, the newest token; it is certain.
 
@@ -23,6 +23,8 @@ class Tree:
       depth: static, the most steps from the root to a node.
       q: float32 [B, N, V], the law from which each node was drawn, given that its earlier siblings
         (those of lower index) were drawn; None: nodes were chosen without chance, or need not say.
+      chain: static, whether every node's parent is the node before it. Recurrent layers, which take
+        rows one after the other, can verify nothing else.
       embeddings: [B, N, D], what the target reads at nodes without a token (-1): scratch rows, run
         and shown to the drafter, never accepted and never written. None: there are none.
     """
@@ -31,6 +33,7 @@ class Tree:
     parent: Array
     depth: int
     q: Array | None = None
+    chain: bool = False
     embeddings: Array | None = None
 
     @property
@@ -64,7 +67,7 @@ class Tree:
 def chain_of(tokens: Array, q: Array | None = None) -> Tree:
     """The tree without branches: tokens int32 [B, N], root first; q as in `Tree`."""
     size = tokens.shape[1]
-    return Tree(tokens, jnp.arange(-1, size - 1, dtype=jnp.int32)[None], size - 1, q)
+    return Tree(tokens, jnp.arange(-1, size - 1, dtype=jnp.int32)[None], size - 1, q, chain=True)
 
 
 @dataclasses.dataclass(frozen=True)

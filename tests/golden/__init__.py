@@ -1,4 +1,5 @@
-"""Logits of transformers for a tiny random model of every family, and how to use them.
+"""Logits of transformers (of plain torch where it has no such family: LLaDA) for a tiny random
+model of every family, and how to use them.
 
     for path in golden.cases():
         case = golden.load_case(path, tmp_path)      # writes a Hugging Face folder
@@ -112,19 +113,22 @@ def write_folder(home: pathlib.Path, config: dict, weights: dict[str, np.ndarray
 
 def draw(shapes: dict[str, list[int]], seed: int, model_type: str) -> dict[str, np.ndarray]:
     """Float32 weights for tensor names in sorted order, uniform with a deviation by their kind:
-    maps fan_in ** -0.5, embeddings 1, biases 0.2, norms 0.2 around one (Gemma: around zero)."""
+    maps fan_in ** -0.5, embeddings 1, biases 0.2, norms 0.2 around one (Gemma: around zero), the
+    recurrence's A_log and D 0.5 around one."""
     bits = np.random.PCG64(seed)
     weights = {}
     for name in sorted(shapes):
         shape = tuple(shapes[name])
         unit = (bits.random_raw(int(np.prod(shape))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         noise = ((unit - 0.5) * np.sqrt(12.0)).reshape(shape)
-        if "norm" in name:
+        if "norm" in name or "ln_f" in name:
             value = 0.2 * noise + (0.0 if model_type.startswith("gemma") else 1.0)
         elif name.endswith("bias"):
             value = 0.2 * noise
-        elif "embed_tokens" in name:
+        elif "embed" in name or "wte" in name:
             value = noise
+        elif name.endswith(("A_log", ".D")):
+            value = 1.0 + 0.5 * noise
         else:
             value = noise * shape[-1] ** -0.5
         weights[name] = value.astype(np.float32)
