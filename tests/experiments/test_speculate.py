@@ -76,6 +76,7 @@ def test_every_part_has_its_row(found):
         assert row["tokens_per_second"] > 0 and row["ratio_to_plain"] > 0
         assert row["mean_accepted_tokens"] * row["forwards_per_token"] == pytest.approx(1)
         assert 1 <= row["mean_accepted_tokens"] <= 11
+        assert row["accepted_so_far"][-1] == pytest.approx(row["mean_accepted_tokens"])
         assert row["drafter"][:12] in printed
     requests = [rows[name]["requests"] for name in rows]
     assert requests == [*(PROMPTS,) * 3, 2 * BATCH, BATCH]

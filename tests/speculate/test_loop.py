@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.decode import Sampler, generate, positions_of, prefill, repetition_penalty
+from kvjax.decode import Sampler, generate, host_mask, positions_of, prefill, repetition_penalty
 from kvjax.models.decoder import forward
 from kvjax.speculate import loop, prompt_lookup, speculate, token_recycling
 from tests.speculate.harness import (
@@ -141,6 +141,25 @@ def test_sampled_tokens_are_those_of_plain_decoding(target, filled):
     np.testing.assert_allclose(mine.logprobs[0, : NEW - 3], whole.logprobs[0, : NEW - 3], atol=2e-4)
     known = jnp.arange(ROOM) < last.cache.length[:, None]
     np.testing.assert_array_equal(last.history >= 0, known)
+
+
+@slow
+def test_a_mask_from_the_host_is_obeyed(target, filled):
+    """Asked with the last token of each row, -1 where nothing new was drawn."""
+
+    def allowed(last):
+        mask = np.zeros((BATCH, CONFIG.vocab_size), bool)
+        mask[np.arange(BATCH), (last + 2) % CONFIG.vocab_size] = True
+        return mask
+
+    logits, cache, _ = filled("dense")
+    how = {"stop": (), "processor": host_mask(allowed), "prompt": prompts()}
+    plain = generate(target, cache, logits, NEW, **how)
+    assert plain.tokens[0, :4].tolist() == [1, 3, 5, 7]
+    how["constants"] = answers(plain)
+    mine = speculate(target, cache, logits, NEW, HALF, **how)
+    np.testing.assert_array_equal(mine.tokens, plain.tokens)
+    assert int(mine.passes) < NEW
 
 
 def test_stop_tokens(target, filled):
