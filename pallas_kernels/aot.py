@@ -2,7 +2,7 @@
 
     python -m pallas_kernels.aot
 
-prints what the kernels and a decode step need on v5e and v6e, as in docs/kernels.md.
+prints, per kernel and shape, the bytes of a layer and what the compilers for v5e and v6e say.
 """
 
 from __future__ import annotations

@@ -58,14 +58,18 @@ def test_equals_float64(name, how):
 
 def test_only_blocks_in_use_are_read():
     """The grid ends with the longest row's last block; a shorter row stays at its own last."""
-    steps = []
-    record = pltpu.InterpretParams(grid_point_recorder=lambda at, core: steps.append(tuple(at)))
+    steps = set()
+
+    def record(device, at, core):
+        steps.add(tuple(int(i) for i in at))
+
+    how = pltpu.InterpretParams(grid_point_recorder=record)
     case = Case(layers=1, heads=1, queries=1, slots=5000, width=128, dtype="float32")
     given, *_ = case.inputs(packed=False)
     given["used"] = jnp.asarray([2500, 10])
-    part = decode_attention(**given, implementation="tpu", interpret=record)
+    part = decode_attention(**given, implementation="tpu", interpret=how)
     jax.block_until_ready(part)
-    assert {at[2] for at in map(lambda s: [int(i) for i in s], steps)} == {0, 1}  # of 2,048 slots
+    assert steps == {(b, 0, n) for b in range(2) for n in range(2)}  # blocks of 2,048 slots
 
 
 def test_parts_merge_to_the_whole():
