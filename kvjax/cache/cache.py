@@ -13,7 +13,7 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.chain import Chain, chain
-from kvjax.cache.kernels import Kernels, kernels_of
+from kvjax.cache.kernels import Kernels, check_kernels
 from kvjax.cache.recurrent import Recurrence
 from kvjax.cache.stage import FOREVER, Commit, Stage
 from kvjax.cache.types import (
@@ -112,7 +112,7 @@ def init_cache(
     exact_layers: Sequence[int] = (),
     constants: Mapping[str, Any] | None = None,
     recurrence: Recurrence | None = None,
-    kernels: Kernels | None = None,
+    kernels: Kernels = "xla",
 ) -> Cache:
     """An empty cache for a model.
 
@@ -131,13 +131,13 @@ def init_cache(
       constants: arrays that the transform reads by name (calibration, shared prefixes), their
         first axis that of layers, or of size 1.
       recurrence: how the state of recurrent layers is held; None: as the model's layers say.
-      kernels: "xla", "tpu", "gpu" or "interpret", see `Cache`; None: "tpu" or "gpu" if that is the
-        default backend, else "xla". `kvjax.cache.kernels` says where kernels apply.
+      kernels: "xla", "tpu", "gpu" or "interpret", see `Cache`; `kvjax.cache.kernels` says where
+        kernels apply.
 
     Raises:
       ValueError: sizes that do not fit each other, the model or the transform.
     """
-    kernels = kernels_of(kernels)
+    check_kernels(kernels)
     if isinstance(transform, Stage):
         transform = chain(transform)
     if not isinstance(transform, Chain):

@@ -29,16 +29,10 @@ Kernels = Literal["xla", "tpu", "gpu", "interpret"]
 KERNELS = ("xla", "tpu", "gpu", "interpret")
 
 
-def kernels_of(kernels: Kernels | None) -> Kernels:
-    """The one asked for; None: that of the default backend, plain XLA on CPU.
-
-    "interpret" runs the TPU kernels on any backend, slowly, for tests.
-    """
-    if kernels is None:
-        return {"tpu": "tpu", "gpu": "gpu"}.get(jax.default_backend(), "xla")
+def check_kernels(kernels: str) -> None:
+    """Raises ValueError for a name that is none of `KERNELS`."""
     if kernels not in KERNELS:
-        raise ValueError(f"kernels={kernels!r}: expected one of {', '.join(KERNELS)} or None")
-    return kernels
+        raise ValueError(f"kernels={kernels!r}: expected one of {', '.join(KERNELS)}")
 
 
 def _how(query: Query) -> dict[str, Any]:

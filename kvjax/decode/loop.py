@@ -65,7 +65,7 @@ def prefill(
     dtype: Any = None,
     exact_layers: tuple[int, ...] = (),
     constants: Any = None,
-    kernels: str | None = None,
+    kernels: str = "xla",
 ) -> tuple[Array, Cache]:
     """Runs prompts into a fresh cache.
 

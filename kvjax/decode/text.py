@@ -45,7 +45,7 @@ def stream(
     stop: Sequence[str] = (),
     processor: Processor | None = None,
     chunk: int | None = None,
-    kernels: str | None = None,
+    kernels: str = "xla",
     segment: int = SEGMENT,
     callback: Callable[[list[str]], Any] | None = None,
 ) -> Iterator[list[str]]:
