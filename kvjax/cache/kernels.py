@@ -4,7 +4,7 @@
 equal caches compile once. Where a kernel does not apply the plain form is used, silently: results
 differ by rounding only. Kernels apply to
 
-  - a few new rows (at most 8: decoding, verification), not to prompts;
+  - a few new rows (at most 16: decoding, verification), not to prompts;
   - float32 and bfloat16 buffers of keys that are stored rotated: exact ones of any stage, and a
     store of `quantize(2 | 4 | 8, "channel", g)` keys (g up to 128) and `quantize(2 | 4 | 8,
     "token", g)` values, not symmetric;

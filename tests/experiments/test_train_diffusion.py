@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from absl import app
+from absl import app, flags
 from absl.testing import flagsaver
 
 from kvjax.data.list_operations import MASK
@@ -17,6 +17,29 @@ SMALL = (
     "--operations=copy,shuffle", "--min_items=3", "--max_items=4", "--items=4",
     "--tokens_per_step=1,4",
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _flags():
+    """Two programs define flags of the same name: those of the other are set aside."""
+    held = [
+        (flag, module)
+        for name, found in list(flags.FLAGS.flags_by_module_dict().items())
+        if name.startswith("experiments.") and (module := sys.modules.get(name))
+        for flag in list(found)
+    ]
+    for flag, _ in held:
+        delattr(flags.FLAGS, flag.name)
+    from experiments import train_diffusion as program
+
+    yield
+    for flag in flags.FLAGS.get_flags_for_module(program):
+        delattr(flags.FLAGS, flag.name)
+    del sys.modules[program.__name__]
+    for flag, module in held:
+        flags.FLAGS[flag.name] = flag
+        flags.FLAGS.register_flag_by_module(module.__name__, flag)
+        flags.FLAGS.register_flag_by_module_id(id(module), flag)
 
 
 def begin(*arguments):

@@ -62,6 +62,7 @@ def test_only_blocks_in_use_are_read():
 
     def record(device, at, core):
         steps.add(tuple(int(i) for i in at))
+        return np.int32(0)
 
     how = pltpu.InterpretParams(grid_point_recorder=record)
     case = Case(layers=1, heads=1, queries=1, slots=5000, width=128, dtype="float32")

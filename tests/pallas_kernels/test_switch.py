@@ -75,7 +75,7 @@ def test_the_plain_form_where_no_kernel_applies(name, model):
 def test_not_for_prompts_nor_for_gradients(model):
     cache = init_cache(CONFIG, chain(store()), 2, 64, kernels="interpret")
     assert calls(cache, model) == calls(cache, model, rows=8) == 1
-    assert calls(cache, model, rows=9) == calls(cache, model, differentiable=True) == 0
+    assert calls(cache, model, rows=17) == calls(cache, model, differentiable=True) == 0
     half = init_cache(CONFIG, chain(store()), 2, 64, dtype=jnp.float16, kernels="interpret")
     assert calls(half, model) == 0
 
