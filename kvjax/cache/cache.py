@@ -13,7 +13,9 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.chain import Chain, chain
-from kvjax.cache.stage import Commit, Stage
+from kvjax.cache.kernels import Kernels, kernels_of
+from kvjax.cache.recurrent import Recurrence
+from kvjax.cache.stage import FOREVER, Commit, Stage
 from kvjax.cache.types import (
     KV,
     PHASES,
@@ -29,25 +31,28 @@ from kvjax.cache.types import (
 )
 
 
-@pytree("transforms", "groups", "softcap", "max_length")
+@pytree("transforms", "groups", "softcap", "max_length", "kernels")
 class Cache:
     """Everything that is held of a batch of sequences. Immutable.
 
     Attributes:
-      state: one state per scan group; donate it.
+      state: one state per group; donate it.
       length: int32 [B], one more than the highest position committed.
       constants: arrays never donated: "rope", "span" (sliding windows) and those of the transform.
-      transforms: one transform per group, static.
-      groups: which layers each group holds, static.
+      transforms: one per group, static: a chain for attention layers, a recurrence for others.
+      groups: which layers each group holds, counted among the layers of its kind; static.
+      kernels: what attends to held tokens where it can, static: "xla" (plain JAX), the Pallas
+        kernels for "tpu" or "gpu", or "interpret" (those for TPU, on any backend, for tests).
     """
 
     state: tuple[Any, ...]
     length: Array
     constants: dict[str, Any]
-    transforms: tuple[Chain, ...]
+    transforms: tuple[Chain | Recurrence, ...]
     groups: tuple[tuple[int, ...], ...]
     softcap: float | None
     max_length: int
+    kernels: Kernels = "xla"
 
     def replace(self, **changes: Any) -> Cache:
         return dataclasses.replace(self, **changes)
@@ -60,6 +65,22 @@ class Cache:
     @property
     def streaming(self) -> bool:
         return all(t.streaming for t in self.transforms)
+
+    @property
+    def chains(self) -> tuple[int, ...]:
+        """Numbers of the groups that hold keys and values."""
+        return tuple(n for n, t in enumerate(self.transforms) if isinstance(t, Chain))
+
+    @property
+    def recurrent(self) -> int | None:
+        """The number of the group that holds recurrent state, if there is one."""
+        found = [n for n, t in enumerate(self.transforms) if isinstance(t, Recurrence)]
+        return found[0] if found else None
+
+    @property
+    def foldable(self) -> bool:
+        """Whether commits may happen inside the layer scan (`forward(..., fold=True)`)."""
+        return self.streaming and len(self.chains) <= 1 and not self.needs_attention
 
 
 def apart(cache: Cache) -> tuple[Any, Cache]:
@@ -90,26 +111,33 @@ def init_cache(
     dtype: Any = jnp.float32,
     exact_layers: Sequence[int] = (),
     constants: Mapping[str, Any] | None = None,
+    recurrence: Recurrence | None = None,
+    kernels: Kernels | None = None,
 ) -> Cache:
     """An empty cache for a model.
 
     Args:
       config: the model's configuration.
-      transform: a chain (or a single stage).
+      transform: a chain (or a single stage), for the attention layers. A model without such
+        layers takes `chain()`, or `chain(store())` as the exact cache of any model.
       batch: rows.
       max_length: the most tokens that any row will ever have, prompt included.
       prompt: the most of these that come as the prompt, before `finish`; 0: no prompt. After it,
         every row has room for max_length - prompt tokens: a row with a shorter prompt may have
         more where nothing was pruned, but should not count on it.
       dtype: of exact keys and values.
-      exact_layers: layers that hold everything exactly whatever the transform (negative: from the
-        end).
+      exact_layers: attention layers that hold everything exactly whatever the transform, by their
+        number in the model (negative: from the end).
       constants: arrays that the transform reads by name (calibration, shared prefixes), their
         first axis that of layers, or of size 1.
+      recurrence: how the state of recurrent layers is held; None: as the model's layers say.
+      kernels: "xla", "tpu", "gpu" or "interpret", see `Cache`; None: "tpu" or "gpu" if that is the
+        default backend, else "xla". `kvjax.cache.kernels` says where kernels apply.
 
     Raises:
       ValueError: sizes that do not fit each other, the model or the transform.
     """
+    kernels = kernels_of(kernels)
     if isinstance(transform, Stage):
         transform = chain(transform)
     if not isinstance(transform, Chain):
@@ -126,17 +154,27 @@ def init_cache(
             raise ValueError(
                 f"exact_layers={tuple(exact_layers)}: there are {config.layers} layers"
             )
-        exact.add(layer % config.layers)
+        if layer % config.layers in config.recurrent_layers:
+            raise ValueError(
+                f"exact_layers={tuple(exact_layers)}: layer {layer} is recurrent, holds no tokens"
+            )
+        exact.add(config.attention_layers.index(layer % config.layers))
     if exact and any(stage.every_layer for stage in transform.stages):
         raise ValueError(
             f"exact_layers={tuple(exact_layers)}: these layers would not see the tokens of "
             f"{next(s for s in transform.stages if s.every_layer)}"
         )
-    rest = tuple(layer for layer in range(config.layers) if layer not in exact)
+    attention = range(len(config.attention_layers))
+    from kvjax.cache.store import store
+
+    if not attention and transform not in (chain(), chain(store())):
+        raise ValueError(
+            f"transform={transform!r}: this model has no attention layers, so it would do nothing; "
+            "expected chain() or chain(store())"
+        )
+    rest = tuple(layer for layer in attention if layer not in exact)
     plan = [(rest, transform)]
     if exact:
-        from kvjax.cache.store import store
-
         plan.append((tuple(sorted(exact)), chain(store())))
     plan = [(layers, t) for layers, t in plan if layers]
     states = []
@@ -153,6 +191,11 @@ def init_cache(
             dtype,
         )
         states.append(t.init(spec))
+    if config.recurrent_layers:
+        layers = len(config.recurrent_layers)
+        recurrence = config.recurrence if recurrence is None else recurrence
+        plan.append((tuple(range(layers)), recurrence))
+        states.append(recurrence.init(layers, batch, dtype))
     return Cache(
         tuple(states),
         jnp.zeros((batch,), jnp.int32),
@@ -161,46 +204,48 @@ def init_cache(
         tuple(layers for layers, _ in plan),
         config.attention_softcap,
         max_length,
+        kernels,
     )
 
 
 def rope_of(config: Any, length: int) -> Rope:
-    """Rotary frequencies of all layers, for sequences of up to `length` tokens."""
+    """Rotary frequencies of all attention layers, for sequences of up to `length` tokens."""
     table = []
-    for layer in range(config.layers):
+    for layer in config.attention_layers:
         rule = config.rope
         if config.local_rope is not None and config.window(layer) is not None:
             rule = config.local_rope
         table.append(rule.frequencies(config.rotated, config.max_length, length))
-    freq = np.stack([f for f, _ in table]).astype(np.float32)
+    freq = np.asarray([f for f, _ in table], np.float32).reshape(len(table), config.rotated // 2)
     return Rope(jnp.asarray(freq), jnp.asarray([s for _, s in table], jnp.float32))
 
 
 def span_of(config: Any) -> Array:
-    """How many positions back each layer sees, int32 [L]; a huge number where all."""
+    """How many positions back each attention layer sees, int32 [L]; a huge number where all."""
     huge = jnp.iinfo(jnp.int32).max // 2
-    return jnp.asarray([config.window(i) or huge for i in range(config.layers)], jnp.int32)
+    return jnp.asarray([config.window(i) or huge for i in config.attention_layers], jnp.int32)
 
 
 def start(cache: Cache, pos: Array) -> tuple[Any, ...]:
     """What `attend` of the first layer is given as `carry`, for rows at pos [B, T]."""
-    return tuple(t.start(state, pos) for t, state in zip(cache.transforms, cache.state))
+    return tuple(cache.transforms[n].start(cache.state[n], pos) for n in cache.chains)
 
 
 def attend(cache: Cache, layer: Array, query: Query, carry: Any = None) -> tuple[Partial, Any]:
     """Attention of the query rows of one layer over what the cache holds.
 
     Args:
-      layer: int32 scalar, traced.
+      layer: int32 scalar, traced, counted among the attention layers.
       carry: threaded from layer to layer, beginning with `start(cache, positions)` (None: that).
     """
     carry = start(cache, query.pos) if carry is None else carry
-    if len(cache.groups) == 1:
+    groups = [cache.groups[n] for n in cache.chains]  # chains come first: their numbers agree
+    if len(groups) == 1:
         part, own = cache.transforms[0].attend(cache.state[0], layer, query, carry[0])
         return part, (own,)
-    group = np.zeros(sum(map(len, cache.groups)), np.int32)
+    group = np.zeros(sum(map(len, groups)), np.int32)
     index = np.zeros_like(group)
-    for number, layers in enumerate(cache.groups):
+    for number, layers in enumerate(groups):
         group[list(layers)], index[list(layers)] = number, np.arange(len(layers))
 
     def branch(number: int) -> Any:
@@ -212,9 +257,7 @@ def attend(cache: Cache, layer: Array, query: Query, carry: Any = None) -> tuple
 
         return run
 
-    return jax.lax.switch(
-        jnp.asarray(group)[layer], [branch(n) for n in range(len(cache.groups))], carry
-    )
+    return jax.lax.switch(jnp.asarray(group)[layer], [branch(n) for n in range(len(groups))], carry)
 
 
 def commit(cache: Cache, new: New, keep: Array | None = None, phase: Phase = "decode") -> Cache:
@@ -246,11 +289,15 @@ def commit(cache: Cache, new: New, keep: Array | None = None, phase: Phase = "de
         far = jnp.iinfo(jnp.int32).max
         order = jnp.argsort(jnp.where(index >= 0, pos, far), axis=1, stable=True)
         index = jnp.take_along_axis(index, order, 1)
+    kept = index
     index = index[None, :, None]
     rows = buffer.take(kv, index)
     length = jnp.maximum(cache.length, jnp.max(rows.pos[0, :, 0], 1) + 1)
     states = []
     for transform, state, layers in zip(cache.transforms, cache.state, cache.groups):
+        if isinstance(transform, Recurrence):
+            states.append(transform.commit(state, new.recurrent, kept))
+            continue
         own, rope = _layers(rows, layers, new), _rope(cache, layers)
         seen = None
         if transform.needs_attention(state):
@@ -301,24 +348,26 @@ def finish(cache: Cache, stats: Mapping[str, Any] | None = None) -> Cache:
     Returns:
       The cache, ready to decode. Shapes may change.
     """
-    states = tuple(
-        t.finish(
-            s, Commit("prefill", _rope(cache, g), None, {}, cache.constants, cache.softcap), stats
-        )
-        for t, s, g in zip(cache.transforms, cache.state, cache.groups)
-    )
-    return cache.replace(state=states)
+    states = list(cache.state)
+    for n in cache.chains:
+        rope = _rope(cache, cache.groups[n])
+        context = Commit("prefill", rope, None, {}, cache.constants, cache.softcap)
+        states[n] = cache.transforms[n].finish(states[n], context, stats)
+    return cache.replace(state=tuple(states))
 
 
 def horizon(cache: Cache) -> Array:
-    """int32 [B]: the most tokens that may be accepted at once; see `Chain.horizon`."""
-    reach = [t.horizon(s) for t, s in zip(cache.transforms, cache.state)]
-    return jnp.min(jnp.stack(reach), 0)
+    """int32 [B]: the most tokens that may be accepted at once; see `Chain.horizon`.
+
+    Recurrent state is replayed token by token: any number.
+    """
+    reach = [cache.transforms[n].horizon(cache.state[n]) for n in cache.chains]
+    return jnp.min(jnp.stack([jnp.full(cache.length.shape, FOREVER), *reach]), 0)
 
 
 def tokens_held(cache: Cache) -> int:
     """Tokens held now, summed over layers, rows and key-value heads (concrete)."""
-    return int(sum(t.tokens(state) for t, state in zip(cache.transforms, cache.state)))
+    return int(sum(cache.transforms[n].tokens(cache.state[n]) for n in cache.chains))
 
 
 def nbytes(tree: Any) -> int:

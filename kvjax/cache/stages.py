@@ -106,7 +106,7 @@ class SlotStage(Stage):
         )
 
     def attend(self, state: Slots, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
-        used = jnp.max(jnp.minimum(state.seen, state.kv.size))
+        used = most(jnp.minimum(state.seen, state.kv.size))
         return self._read(state, layer, query, used=used), carry
 
 

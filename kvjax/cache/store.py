@@ -13,6 +13,7 @@ from jax import Array
 from kvjax.cache import buffer
 from kvjax.cache.attention import dot_keys, dot_values
 from kvjax.cache.fit import Fit
+from kvjax.cache.kernels import attend_stored
 from kvjax.cache.paging import Pool, Rectangle, per_layer
 from kvjax.cache.readers import Reader
 from kvjax.cache.ring import Window
@@ -169,13 +170,12 @@ class Store(Stage):
         v, v_ring = self._code(
             state, self.codec.v, self.values, state.v, state.v_ring, kv.v, arrived, context
         )
-        index = state.index
         state = state.replace(
             seen=after, pos=place.write(state.pos, number, pos), extra=extra,
             k=k, v=v, k_ring=k_ring, v_ring=v_ring,
         )  # fmt: skip
         if self.reader is not None:
-            state = state.replace(index=self._note_pages(state, index, seen, kv, context))
+            state = state.replace(index=self._note_pages(state, state.index, seen, kv, context))
         return state, None
 
     def _code(
@@ -258,7 +258,8 @@ class Store(Stage):
         coded = self._coded(seen)
         done = None
         if jax.tree.leaves(state.k) and jax.tree.leaves(state.v) and state.place.slots:
-            done = self._attend_coded(state, layer, query, q, coded)
+            done = attend_stored(query, self, state, layer, coded)
+            done = self._attend_coded(state, layer, query, q, coded) if done is None else done
         if self.keys.capacity or self.values.capacity:
             tail = self._attend_tail(state, layer, query, q, seen, coded)
             done = tail if done is None else merge(done, tail)

@@ -166,7 +166,7 @@ def rotate(x: Array, pos: Array, rope: Rope, inverse: bool = False) -> Array:
     return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], -1)
 
 
-@pytree("softcap", "window", "differentiable")
+@pytree("softcap", "window", "differentiable", "kernels")
 class Query:
     """What one layer asks of the cache.
 
@@ -182,6 +182,7 @@ class Query:
       softcap: c of c tanh(x / c) on logits, or None.
       window: whether any layer has a sliding window.
       differentiable: loop a static number of times, so that reverse-mode gradients exist.
+      kernels: which implementation attends to held tokens; see `Cache`.
     """
 
     q: Array
@@ -194,6 +195,7 @@ class Query:
     softcap: float | None = None
     window: bool = False
     differentiable: bool = False
+    kernels: str = "xla"
 
     def grouped(self, q: Array, heads: int) -> Array:
         """[B, Hq, T, D] -> [B, H, G * T, D]: the query heads that share a key-value head."""
@@ -257,11 +259,16 @@ class New:
       kv: k, v [L, B, H, T, D], pos [1, B, 1, T]; columns of `extra` per token (types, flags).
       seen: statistics of the rows, or None where they were not asked for.
       hidden: layer index -> hidden states entering that layer [B, T, D], where asked for.
+      recurrent: what advances the recurrent layers by each row, arrays [L, B, T, ...] (see
+        `kvjax.cache.Recurrence`), or None where there are no such layers.
+
+    L counts the layers of that kind: `kv` and `seen` have the attention layers only.
     """
 
     kv: KV
     seen: Observation | None = None
     hidden: dict[int, Array] = dataclasses.field(default_factory=dict)
+    recurrent: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,6 +108,13 @@ def bits_of(method: str, bits: int, name: str = "bits", least: int = 1) -> int:
     return bits
 
 
+def released(method: str, release: int) -> int:
+    """Checks how many tokens leave together: at least 1."""
+    if not isinstance(release, int) or isinstance(release, bool) or release < 1:
+        raise ValueError(f"{method}(release={release!r}): expected an integer of at least 1")
+    return release
+
+
 def grouped(bits: int, axis: str = "token", group: int | None = None, parts: int = 1) -> Codec:
     """`quantize`, or `dense` at 16 bits."""
     return dense() if bits == 16 else quantize(bits, axis, group, parts=parts)

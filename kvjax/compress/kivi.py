@@ -2,16 +2,20 @@
 
 from kvjax.cache import Chain, Window, chain, store
 from kvjax.codecs import per_kv
-from kvjax.compress.common import bits_of, grouped
+from kvjax.compress.common import bits_of, grouped, released
 
 
 def kivi(
-    bits: int = 2, group: int = 32, residual: int = 128, value_bits: int | None = None
+    bits: int = 2,
+    group: int = 32,
+    residual: int = 128,
+    value_bits: int | None = None,
+    release: int = 1,
 ) -> Chain:
     """Keys quantised per channel, values per token, at 2 or 4 bits; the newest stay exact.
 
         store(per_kv(k=quantize(bits, "channel", group), v=quantize(bits, "token", group)),
-              keys=Window(0, residual), values=Window(residual, 1))
+              keys=Window(0, residual), values=Window(residual, release))
 
     After T tokens the first floor(T / R) R keys and the first max(0, T - R) values are coded: the
     keys' buffer empties when it is full, the values' slides. A token is read exactly in the step
@@ -23,10 +27,12 @@ def kivi(
         (values). Must divide `residual` and the head size.
       residual: R, how many of the newest are exact.
       value_bits: of the values; None: as the keys.
+      release: how many values are coded together. Above 1 (ours) up to release - 1 more are exact,
+        and speculation can accept several tokens.
 
     Raises:
-      ValueError: bits out of range; group that does not divide residual; on init_cache, group
-        that does not divide the head size.
+      ValueError: bits or release out of range; group that does not divide residual; on init_cache,
+        group that does not divide the head size.
 
     Source: KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, arXiv 2402.02750.
 
@@ -44,4 +50,6 @@ def kivi(
             "keys are coded when the residual is full"
         )
     codec = per_kv(k=grouped(bits, "channel", group), v=grouped(values, "token", group))
-    return chain(store(codec, keys=Window(0, residual), values=Window(residual, 1)))
+    return chain(
+        store(codec, keys=Window(0, residual), values=Window(residual, released("kivi", release)))
+    )

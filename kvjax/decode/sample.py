@@ -71,12 +71,15 @@ class Sampler:
         Returns:
           (tokens int32 [B], their log-probabilities float32 [B] under the unfiltered logits).
         """
+        rows = jnp.arange(logits.shape[0])
+        return self.draw(logits, jax.vmap(lambda row: jax.random.fold_in(key, row))(rows))
+
+    def draw(self, logits: Array, keys: Array) -> tuple[Array, Array]:
+        """As a call, with a key for each row: keys [B]."""
         logits = logits.astype(jnp.float32)
         if self.temperature == 0:
             token = jnp.argmax(logits, -1)
         else:
-            rows = jnp.arange(logits.shape[0])
-            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
             token = jax.vmap(jax.random.categorical)(keys, self.filter(logits))
         token = token.astype(jnp.int32)
         chosen = jnp.take_along_axis(logits, token[:, None], -1)[:, 0]

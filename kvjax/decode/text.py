@@ -45,6 +45,7 @@ def stream(
     stop: Sequence[str] = (),
     processor: Processor | None = None,
     chunk: int | None = None,
+    kernels: str | None = None,
     segment: int = SEGMENT,
     callback: Callable[[list[str]], Any] | None = None,
 ) -> Iterator[list[str]]:
@@ -59,6 +60,7 @@ def stream(
       stop: strings that end a row; they and what follows are cut off.
       processor: changes logits before sampling.
       chunk: prompt tokens per forward pass; None: all at once.
+      kernels: see `kvjax.cache.init_cache`.
       segment: tokens between two yields.
       callback: called with what is yielded.
 
@@ -72,6 +74,7 @@ def stream(
     logits, cache = prefill(
         model, tokens, chain(store()) if method is None else method,
         lengths=jnp.asarray(lengths), new_tokens=rounds * segment, chunk=chunk,
+        kernels=kernels,
     )  # fmt: skip
     shown = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
     streams = [tokenizer.stream() for _ in rows]

@@ -14,10 +14,13 @@ import orbax.checkpoint as ocp
 from kvjax.models.config import Config, RopeConfig
 from kvjax.models.errors import CheckpointError
 from kvjax.models.json_file import read_json
-from kvjax.models.llama import Model, flatten, parameters
+from kvjax.models.llama import Model, dtype_of, flatten, parameters
+from kvjax.models.mamba2 import Mamba2
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.models.weights import Sharding, sharding_of
 
+# Kinds of recurrent layers by the name that kvjax.json calls them; add your own before loading.
+RECURRENCES: dict[str, type] = {"mamba2": Mamba2}
 CONFIG = "kvjax.json"
 _FORMAT = 1
 
@@ -31,8 +34,10 @@ def save(
 
     Raises:
       FileExistsError: the folder holds a checkpoint already and `force` is False.
+      ValueError: the kind of recurrent layer is not in `RECURRENCES`.
     """
     folder = pathlib.Path(folder).resolve()
+    config = _plain(model.config)
     if is_checkpoint(folder) and not force:
         raise FileExistsError(f"{folder} holds a checkpoint already; force=True replaces it")
     if jax.process_index() == 0:
@@ -44,7 +49,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save(folder)
         # Last and in one step: a folder with this file is complete.
-        text = json.dumps({"format": _FORMAT, "config": dataclasses.asdict(model.config)}, indent=2)
+        text = json.dumps({"format": _FORMAT, "config": config}, indent=2)
         (folder / f"{CONFIG}.tmp").write_text(text)
         os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
 
@@ -84,7 +89,8 @@ def load(
             place = sharding_of(sharding, name, shape)
             if place is None:
                 place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            target[name] = jax.ShapeDtypeStruct(shape, dtype or stored[name].dtype, sharding=place)
+            own = stored[name].dtype if dtype is None else dtype_of(config, name, dtype)
+            target[name] = jax.ShapeDtypeStruct(shape, own, sharding=place)
         extra = sorted(stored.keys() - target)
         if extra:
             raise CheckpointError(f"{folder}: parameters {extra} are unknown to the configuration")
@@ -104,15 +110,32 @@ def _config(path: pathlib.Path) -> Config:
         )
     try:
         return _restore(Config, found["config"])
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def _plain(config: Config) -> dict:
+    """A configuration as JSON values; a recurrence with the name of its kind."""
+    values = dataclasses.asdict(config)
+    if config.recurrence is not None:
+        names = [name for name, kind in RECURRENCES.items() if type(config.recurrence) is kind]
+        if not names:
+            raise ValueError(
+                f"recurrence={config.recurrence}: its kind is not in kvjax.models.checkpoint."
+                f"RECURRENCES ({', '.join(RECURRENCES)}), so it could not be read back"
+            )
+        values["recurrence"]["kind"] = names[0]
+    return values
+
+
 def _restore(kind: type, values: dict):
-    """A frozen dataclass from its `asdict`: lists are tuples, inner dictionaries RopeConfigs."""
+    """A frozen dataclass from its JSON values: lists are tuples, inner dictionaries RopeConfigs, or
+    the recurrence that "kind" names."""
     fixed = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            value = _restore(RopeConfig, value)
+            inner = dict(value)
+            home = RECURRENCES[inner.pop("kind")] if name == "recurrence" else RopeConfig
+            value = _restore(home, inner)
         fixed[name] = tuple(value) if isinstance(value, list) else value
     return kind(**fixed)

@@ -1,11 +1,15 @@
-"""What a decoder is, as data: one frozen value that covers the Llama family."""
+"""What a decoder is, as data: one frozen value for the Llama family and for recurrent layers."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from kvjax.models.recurrent import RecurrentLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +114,15 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A decoder of the Llama family. Every difference between models is a field.
+    """A decoder: attention layers as in Llama, recurrent layers, or both. Every difference between
+    models is a field.
 
     Attributes:
       family: Hugging Face `model_type` ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2",
-        "gemma3_text", "phi3", "llada"); names only how weights are stored, never read by the
-        forward pass.
-      width, mlp_width, layers, heads, kv_heads, head_dim: sizes D, F, L, Hq, H, d.
+        "gemma3_text", "phi3", "llada", "mamba2", "bamba"); names only how weights are stored, never
+        read by the forward pass.
+      width, mlp_width, layers, heads, kv_heads, head_dim: sizes D, F, L, Hq, H, d. Without
+        attention layers the last three are 0; mlp_width is 0 where layers have no MLP.
       norm_eps, norm_offset: RMSNorm epsilon; whether weights are stored as (w - 1) (Gemma).
       activation: "silu" or "gelu_tanh".
       qkv_bias, out_bias, mlp_bias: which linear maps have biases.
@@ -133,6 +139,9 @@ class Config:
       bos, eos: token ids; `eos` may hold several.
       mask_token: token id that stands for an unknown token in masked-diffusion models, or None.
       bidirectional: every token sees all others, as masked-diffusion models do.
+      recurrence: the kind of recurrent layer, such as `kvjax.models.mamba2.Mamba2(...)`, or None.
+      recurrent_layers: which layers are recurrent in place of attention, ascending.
+      residual_float32: the residual stream is float32 whatever the dtype of the parameters.
     """
 
     vocab_size: int
@@ -165,9 +174,26 @@ class Config:
     eos: tuple[int, ...] = ()
     mask_token: int | None = None
     bidirectional: bool = False
+    recurrence: RecurrentLayer | None = None
+    recurrent_layers: tuple[int, ...] = ()
+    residual_float32: bool = False
 
     def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
+        own = self.recurrent_layers
+        if own != tuple(sorted(set(own))) or not set(own) <= set(range(self.layers)):
+            raise ValueError(
+                f"recurrent_layers={own}: expected ascending numbers below layers={self.layers}"
+            )
+        if bool(own) != (self.recurrence is not None):
+            raise ValueError(
+                f"recurrence={self.recurrence} and recurrent_layers={own}: expected both or neither"
+            )
+        if self.attention_layers and min(self.heads, self.kv_heads, self.head_dim) < 1:
+            raise ValueError(
+                f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}: at least "
+                f"1 each, for {len(self.attention_layers)} attention layers"
+            )
+        if self.attention_layers and self.heads % self.kv_heads:
             raise ValueError(
                 f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}: "
                 "each key-value head serves the same number of query heads"
@@ -182,6 +208,11 @@ class Config:
             raise ValueError(
                 f"rotary_width={self.rotated} must be even and at most head_dim={self.head_dim}"
             )
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Which layers attend, ascending."""
+        return tuple(i for i in range(self.layers) if i not in self.recurrent_layers)
 
     @property
     def groups(self) -> int:

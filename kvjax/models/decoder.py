@@ -14,7 +14,10 @@ from kvjax.cache.attention import attend_new
 from kvjax.cache.cache import Cache, attend, commit, rope_of, span_of, start
 from kvjax.cache.types import KV, PHASES, New, Observation, Phase, Query, merge, rotate
 from kvjax.models.config import Config
+from kvjax.models.linear import linear
 from kvjax.models.llama import Layers, Model
+from kvjax.models.plan import scan_layers
+from kvjax.models.recurrent import one_layer
 
 
 def forward(
@@ -45,6 +48,8 @@ def forward(
       phase: "prefill", "append", "decode" or "verify"; static.
       mask: which new rows a new row sees: "causal" (at its position and before), "full", or bool
         [B or 1, T, T] (row, key); None: "full" where the model is bidirectional, else "causal".
+        Recurrent layers take rows one after the other as they stand: models with such layers know
+        "causal" alone, and valid rows must ascend.
       embeddings: [B, T, D] in place of tokens.
       logits: rows whose logits to return: "all", "last" (the valid row of highest position),
         "none", or int32 [B, K] row indices.
@@ -68,15 +73,19 @@ def forward(
         mask = "full" if config.bidirectional else "causal"
     if isinstance(mask, str) and mask not in ("causal", "full"):
         raise ValueError(f"mask={mask!r}: expected 'causal', 'full' or a bool array [B, T, T]")
+    if config.recurrent_layers and not (isinstance(mask, str) and mask == "causal"):
+        raise ValueError(
+            f"mask={mask if isinstance(mask, str) else f'bool {mask.shape}'}: this model has "
+            "recurrent layers, which take rows one after the other; expected 'causal' (a chain of "
+            "drafts, not a tree)"
+        )
     if (tokens is None) == (embeddings is None):
         raise ValueError("forward needs exactly one of tokens and embeddings")
     if statistics is None:
         statistics = cache is not None and cache.needs_attention
     valid = positions >= 0
-    x = model.embed[...][jnp.where(valid, tokens, 0)] if embeddings is None else embeddings
+    x = embed(model, jnp.where(valid, tokens, 0)) if embeddings is None else embeddings
     x = jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
-    if config.embed_scale is not None and embeddings is None:
-        x = x * jnp.asarray(config.embed_scale, x.dtype)
     length = positions.shape[1] if cache is None else cache.max_length
     if cache is None:
         rope, span = rope_of(config, length), span_of(config)
@@ -85,12 +94,15 @@ def forward(
         rope, span = cache.constants["rope"], cache.constants["span"]
         carry = start(cache, positions)
     windowed = any(w is not None and w < length for w in config.windows)
+    dtype = x.dtype
+    if config.residual_float32:
+        x = x.astype(jnp.float32)
 
-    def block(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Any]:
+    def attention(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Any]:
         x, carry = state
-        layer, index, rope, span, own = xs
+        (layer, rope, span, own), index = xs
         before = x
-        h = rms_norm(x, layer.attention_norm[...], config)
+        h = rms_norm(x.astype(dtype), layer.attention_norm[...], config)
         q, k, v = _project(h, layer, config)
         raw = q * config.scale
         turned = rotate(raw, positions[:, None], rope)
@@ -99,22 +111,23 @@ def forward(
             turned, raw, positions, rope, span,
             {} if cache is None else cache.constants,
             jnp.zeros((x.shape[0],), jnp.int32), config.attention_softcap, windowed, differentiable,
+            "xla" if cache is None else cache.kernels,
         )  # fmt: skip
         part = attend_new(query, keys, v, mask)
         if cache is not None and read:
             held, carry = attend(cache, index, query, carry)
             part = merge(part, held)
-        out = part.out.astype(x.dtype)
+        out = part.out.astype(dtype)
         out = jnp.moveaxis(out, 1, 2).reshape(*x.shape[:2], -1)
-        out = _plus(out @ layer.o[...], layer.o_bias)
+        out = _linear(out, layer.o, layer.o_bias)
         if layer.post_attention_norm is not None:
             out = rms_norm(out, layer.post_attention_norm[...], config)
         x = x + out
-        h = rms_norm(x, layer.mlp_norm[...], config)
-        h = mlp(h, layer, config)
-        if layer.post_mlp_norm is not None:
-            h = rms_norm(h, layer.post_mlp_norm[...], config)
-        x = x + h
+        if config.mlp_width:
+            h = mlp(rms_norm(x.astype(dtype), layer.mlp_norm[...], config), layer, config)
+            if layer.post_mlp_norm is not None:
+                h = rms_norm(h, layer.post_mlp_norm[...], config)
+            x = x + h
         written = valid[:, None, :, None]
         k, v = (jnp.where(written, a, jnp.zeros((), a.dtype)) for a in (k, v))
         if fold:
@@ -123,21 +136,70 @@ def forward(
             out = (k, v, (turned, part.max, part.sum) if statistics else None)
         return (x, carry), (out, before if hidden else None)
 
-    indices = jnp.arange(config.layers, dtype=jnp.int32)
-    own = _slices(cache) if fold else None
-    (x, _), (out, inputs) = jax.lax.scan(
-        jax.checkpoint(block, prevent_cse=False) if remat else block,
-        (x, carry),
-        (model.layers, indices, rope, span, own),
-    )
-    result = _logits(model, x, positions, logits)
+    if config.recurrent_layers:
+        kind = config.recurrence
+        shared = kind.prepare(valid)
+        holds = kind if cache is None else cache.transforms[cache.recurrent]
+        reading = cache is not None and read
+        remembered = cache.state[cache.recurrent] if reading else holds.init(1, x.shape[0], dtype)
+
+    def recurrent(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Any]:
+        x, carry = state
+        (layer, own), index = xs
+        before = x
+        h = rms_norm(x.astype(dtype), layer.mixer_norm[...], config)
+        # `own`: this layer's state where it is scanned, to be replaced; else it is read in place.
+        mine = own if fold else one_layer(remembered, index if reading else 0)
+        h, rows = kind.mix(layer, h, holds.read(mine), valid, shared, config.norm_eps)
+        x = x + h
+        if config.mlp_width:
+            x = x + mlp(rms_norm(x.astype(dtype), layer.mlp_norm[...], config), layer, config)
+        if fold:
+            first = lambda x: x[None]  # noqa: E731
+            rows = holds.advance(jax.tree.map(first, own), jax.tree.map(first, rows), valid)
+            rows = jax.tree.map(lambda x: x[0], rows)
+        return (x, carry), (rows, before if hidden else None)
+
+    _check_fold(cache, fold)
+    inputs = {
+        "attention": (model.layers, rope, span, _slices(cache) if fold else None),
+        "recurrent": (
+            model.recurrent,
+            cache.state[cache.recurrent] if fold and config.recurrent_layers else None,
+        ),
+    }
+    kinds = [
+        "recurrent" if i in config.recurrent_layers else "attention" for i in range(config.layers)
+    ]
+    blocks = {"attention": attention, "recurrent": recurrent}
+    if remat:
+        blocks = {k: jax.checkpoint(f, prevent_cse=False) for k, f in blocks.items()}
+    (x, _), found = scan_layers(kinds, blocks, (x, carry), inputs)
+    result = _logits(model, x.astype(dtype), positions, logits)
+    out, inputs = found.get("attention", (None, None))
+    rows, others = found.get("recurrent", (None, None))
     if fold:
-        return result, _unslice(cache, out, positions)
-    k, v, seen = out
+        return result, _unslice(cache, out, rows, positions)
+    empty = jnp.zeros((0, x.shape[0], 0, x.shape[1], 0), dtype)
+    k, v, seen = (empty, empty, None) if out is None else out
     kv = KV(k, v, positions[None, :, None].astype(jnp.int32))
     observed = None if seen is None else Observation(*seen, positions, span)
-    kept = {i: (x if i == config.layers else inputs[i]) for i in hidden}
-    return result, New(kv, observed, kept)
+
+    def entering(layer: int) -> Array:
+        if layer == config.layers:
+            return x
+        if layer in config.recurrent_layers:
+            return others[config.recurrent_layers.index(layer)]
+        return inputs[config.attention_layers.index(layer)]
+
+    return result, New(kv, observed, {i: entering(i) for i in hidden}, rows)
+
+
+def embed(model: Model, tokens: Array) -> Array:
+    """What the first layer reads for tokens int32 [...]: [..., D]."""
+    x = model.embed[...][tokens]
+    scale = model.config.embed_scale
+    return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
 
 def rms_norm(x: Array, weight: Array, config: Config) -> Array:
@@ -151,23 +213,21 @@ def rms_norm(x: Array, weight: Array, config: Config) -> Array:
 
 def mlp(h: Array, layer: Layers, config: Config) -> Array:
     """The gated MLP of one layer, [..., D] -> [..., D]."""
-    gate = _plus(h @ layer.gate[...], layer.gate_bias)
+    gate = _linear(h, layer.gate, layer.gate_bias)
     silu = config.activation == "silu"
     gate = jax.nn.silu(gate) if silu else jax.nn.gelu(gate, approximate=True)
-    return _plus(
-        (gate * _plus(h @ layer.up[...], layer.up_bias)) @ layer.down[...], layer.down_bias
-    )
+    return _linear(gate * _linear(h, layer.up, layer.up_bias), layer.down, layer.down_bias)
 
 
-def _plus(x: Array, bias: Any) -> Array:
-    return x if bias is None else x + bias[...]
+def _linear(x: Array, weight: Any, bias: Any) -> Array:
+    return linear(x, weight[...], None if bias is None else bias[...])
 
 
 def _project(h: Array, layer: Layers, config: Config) -> tuple[Array, Array, Array]:
     """Queries [B, Hq, T, d], keys and values [B, H, T, d] of one layer, before rotation."""
 
     def heads(weight: Any, bias: Any, count: int) -> Array:
-        x = _plus(h @ weight[...], bias)
+        x = _linear(h, weight, bias)
         return x.reshape(*h.shape[:2], count, config.head_dim)
 
     q = heads(layer.q, layer.q_bias, config.heads)
@@ -196,14 +256,13 @@ def head(model: Model, x: Array) -> Array:
     """Logits float32 [B, T, V] of final hidden states [B, T, D]."""
     config = model.config
     x = rms_norm(x, model.norm[...], config)
+    weight = (model.embed if model.head is None else model.head)[...]
     flat = x.reshape(-1, x.shape[-1])
-    if model.head is not None:
-        out = jnp.matmul(flat, model.head[...], preferred_element_type=jnp.float32)
-    elif 1 < flat.shape[0] <= 16:
-        # The embedding first: on CPU this reads it about 1.5 times as fast for a few rows.
-        out = jnp.einsum("vd,rd->vr", model.embed[...], flat, preferred_element_type=jnp.float32).T
+    if 1 < flat.shape[0] <= 16:
+        # The matrix first: on CPU this reads it about 1.5 times as fast for a few rows.
+        out = jnp.einsum("vd,rd->vr", weight, flat, preferred_element_type=jnp.float32).T
     else:
-        out = jnp.matmul(flat, model.embed[...].T, preferred_element_type=jnp.float32)
+        out = jnp.matmul(flat, weight.T, preferred_element_type=jnp.float32)
     if config.final_softcap is not None:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
     return out.reshape(*x.shape[:-1], -1)
@@ -212,13 +271,18 @@ def head(model: Model, x: Array) -> Array:
 # --- committing inside the layer scan -----------------------------------------------------------
 
 
-def _slices(cache: Cache | None) -> Any:
-    """The state with its layer axis to be scanned."""
-    if cache is None or len(cache.groups) != 1 or not cache.streaming:
+def _check_fold(cache: Cache | None, fold: bool) -> None:
+    if fold and (cache is None or len(cache.chains) > 1 or not cache.streaming):
         raise ValueError(
             "fold=True commits layer by layer: it needs a cache whose chain is streaming "
             "(acts on each token as it comes) and the same for all layers"
         )
+
+
+def _slices(cache: Cache) -> Any:
+    """The state of attention layers with its layer axis to be scanned."""
+    if not cache.chains:
+        return None
     layers = len(cache.groups[0])
     return jax.tree.map(
         lambda x: x[:, None] if x.ndim and x.shape[0] == layers else None, cache.state[0]
@@ -234,6 +298,7 @@ def _fold(
     cut = lambda x: x[index][None] if x.shape[0] == layers else x  # noqa: E731
     small = cache.replace(
         state=(_with_layers(one, 1),),
+        transforms=cache.transforms[:1],
         groups=((0,),),
         constants=jax.tree.map(cut, cache.constants),
     )
@@ -252,7 +317,7 @@ def _with_layers(state: tuple[Any, ...], layers: int) -> tuple[Any, ...]:
     return tuple(one(own) for own in state)
 
 
-def _unslice(cache: Cache, out: Any, positions: Array) -> Cache:
+def _unslice(cache: Cache, out: Any, recurrent: Any, positions: Array) -> Cache:
     """Puts the layers' slices back together."""
 
     def join(whole: Array, new: Array) -> Array:
@@ -260,4 +325,6 @@ def _unslice(cache: Cache, out: Any, positions: Array) -> Cache:
         return new[:, 0] if per_layer else new[-1]
 
     length = jnp.maximum(cache.length, jnp.max(positions, 1) + 1)
-    return cache.replace(state=(jax.tree.map(join, cache.state[0], out),), length=length)
+    states = () if out is None else (jax.tree.map(join, cache.state[0], out),)
+    states += () if recurrent is None else (recurrent,)
+    return cache.replace(state=states, length=length)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.models.config import Config
 from kvjax.models.errors import CheckpointError
 from kvjax.models.huggingface_config import parse_config
-from kvjax.models.huggingface_names import layer_home, layer_names, single_names, stem
+from kvjax.models.huggingface_names import (
+    layer_home,
+    layer_names,
+    layers_of,
+    single_names,
+    stem,
+)
 from kvjax.models.json_file import read_json
-from kvjax.models.llama import Model, parameters
+from kvjax.models.llama import Model, parameters, stacked
 from kvjax.models.safetensors_file import SafeTensor, open_folder
 from kvjax.models.weights import Piece, Sharding, assemble
 
@@ -20,6 +28,7 @@ MAX_CONFIG = 2**22
 # What may stand in place of `stem(family)`.
 _PREFIXES = {
     "llada": ("model.transformer.", "transformer.", ""),
+    "mamba2": ("backbone.", ""),
     None: ("model.", "language_model.model.", "model.language_model.", ""),
 }
 _BESIDE = ("vision_tower.", "multi_modal_projector.", "vision_model.")  # of multimodal models
@@ -83,6 +92,25 @@ def load_pretrained(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Depthwise:
+    """A depthwise convolution's weight [channels, 1, kernel] without its middle axis."""
+
+    tensor: SafeTensor
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        channels, one, kernel = self.tensor.shape
+        return (channels, one * kernel)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.tensor.rows(start, stop).reshape(stop - start, -1)
+
+
 class _Names:
     """Finds a model's parameters among the tensors of a folder."""
 
@@ -99,8 +127,10 @@ class _Names:
             raise CheckpointError(f"{folder}: none of the {len(tensors)} tensors is an {embed}")
 
     def full(self, name: str, layer: int) -> str:
+        """A tensor's name; `layer` counts the layers of its kind."""
         if name in self.layer:
-            return f"{self.prefix}{self.home}{layer}.{self.layer[name]}"
+            number = layers_of(self.config, name)[layer]
+            return f"{self.prefix}{self.home}{number}.{self.layer[name]}"
         tensor = self.single[name]
         if not tensor.startswith(self.stem):  # lm_head
             nested = f"language_model.{tensor}"
@@ -130,19 +160,23 @@ class _Names:
                     f"{self.folder}: tensor {full!r} has shape {tensor.shape}, but the "
                     f"configuration says {(rows, config.width)}"
                 )
-        turn = len(tensor.shape) == 2 and name != "embed"
-        return Piece(tensor, start, stop, transpose=turn)
+        if name == "recurrent.conv" and len(tensor.shape) == 3:
+            tensor = _Depthwise(tensor)
+        return Piece(tensor, start, stop)
 
     def refuse_extra(self) -> None:
         """Tensors that nothing would read mean that the configuration is not theirs."""
         used = {self.full(name, 0) for name in self.single}
-        wanted = {self.layer[name] for name in parameters(self.config) if name in self.layer}
+        wanted: dict[int, set[str]] = {layer: set() for layer in range(self.config.layers)}
+        for name in filter(stacked, parameters(self.config)):
+            for layer in layers_of(self.config, name):
+                wanted[layer].add(self.layer[name])
         extra = []
         for name in self.tensors:
             inner = name.removeprefix(self.prefix + self.home)
             number, _, rest = inner.partition(".")
             if inner != name and number.isdecimal() and int(number) < self.config.layers:
-                known = rest in wanted or rest == "self_attn.rotary_emb.inv_freq"
+                known = rest in wanted[int(number)] or rest == "self_attn.rotary_emb.inv_freq"
             else:
                 parts = name.removeprefix("model.")
                 known = name in used or parts.startswith(_BESIDE)

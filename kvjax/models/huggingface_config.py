@@ -8,6 +8,12 @@ from typing import Any
 from kvjax.models.config import Config, RopeConfig
 from kvjax.models.errors import CheckpointError
 from kvjax.models.huggingface_llada import llada_config
+from kvjax.models.huggingface_recurrent import (
+    DEFAULTS,
+    bamba_layers,
+    mamba2_config,
+    recurrence_of,
+)
 
 _SILU_EPS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 _GEMMA = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "head_dim": 256}
@@ -37,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131_072,
     },
     "phi3": _SILU_EPS | {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    **DEFAULTS,
 }
 
 
@@ -107,11 +114,13 @@ def parse_config(values: dict, source: str = "config.json") -> Config:
 
 
 def _config(read: _Reader, family: str) -> Config:
+    if family == "mamba2":
+        return mamba2_config(read, _ids)
     gemma, sandwich = family.startswith("gemma"), family in ("gemma2", "gemma3_text")
     width, layers = read.size("hidden_size"), read.size("num_hidden_layers", limit=4096)
     heads = read.size("num_attention_heads", limit=2**16)
     head_dim = read.size("head_dim", max(width // heads, 1))
-    bias = family in ("llama", "qwen3") or gemma
+    bias = family in ("llama", "qwen3", "bamba") or gemma
     bias = family == "qwen2" or (bias and read.flag("attention_bias"))
     if read.get("use_bidirectional_attention"):
         raise read.fail("use_bidirectional_attention", True, "false: attention is causal")
@@ -130,7 +139,7 @@ def _config(read: _Reader, family: str) -> Config:
         activation=_activation(read, gemma),
         qkv_bias=bias,
         out_bias=bias and family != "qwen2",
-        mlp_bias=family == "llama" and read.flag("mlp_bias"),
+        mlp_bias=family in ("llama", "bamba") and read.flag("mlp_bias"),
         qk_norm=family in ("qwen3", "gemma3_text"),
         post_norms=sandwich,
         embed_scale=math.sqrt(width) if gemma else None,
@@ -145,6 +154,8 @@ def _config(read: _Reader, family: str) -> Config:
         max_length=read.size("max_position_embeddings", limit=2**31),
         bos=_ids(read, "bos_token_id")[0] if read.get("bos_token_id") is not None else None,
         eos=_ids(read, "eos_token_id"),
+        recurrence=recurrence_of(read, family) if family == "bamba" else None,
+        recurrent_layers=bamba_layers(read, layers) if family == "bamba" else (),
     )
 
 
@@ -172,7 +183,7 @@ def _activation(read: _Reader, gemma: bool) -> str:
 
 
 def _windows(read: _Reader, family: str, layers: int) -> tuple[int | None, ...]:
-    used = family not in ("llama", "gemma")
+    used = family not in ("llama", "gemma", "bamba")
     if family in ("qwen2", "qwen3"):
         used = read.flag("use_sliding_window")
     if not used or read.get("sliding_window") is None:
@@ -218,7 +229,9 @@ def _ropes(read: _Reader, family: str, head_dim: int) -> tuple[RopeConfig, RopeC
     partial = read.get("partial_rotary_factor", 1.0) if partial is None else partial
     if type(partial) not in (int, float) or not 0 < partial <= 1:
         raise read.fail("partial_rotary_factor", partial, "a number above 0 and at most 1")
-    if partial != 1 and family != "phi3":
+    if family == "bamba":
+        partial = read.defaults["partial_rotary_factor"]
+    if partial != 1 and family not in ("phi3", "bamba"):
         raise read.fail("partial_rotary_factor", partial, f"1 for model_type {family!r}")
     base = read.number("rope_theta", 1e4)
     local_base = read.number("rope_local_base_freq", 1e4)

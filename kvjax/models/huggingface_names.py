@@ -1,6 +1,8 @@
-"""Names of tensors in Hugging Face's Llama family and in LLaDA's folders."""
+"""Names of tensors in Hugging Face's Llama family, Mamba-2, Bamba and in LLaDA's folders."""
 
 from __future__ import annotations
+
+from kvjax.models.config import Config
 
 _LAYER = {
     "layers.q": "self_attn.q_proj.weight",
@@ -53,14 +55,49 @@ _LLADA = {
     "layers.mlp_norm": "ff_norm.weight",
 }
 
+_MIXER = {
+    "recurrent.project": "in_proj.weight",
+    "recurrent.project_bias": "in_proj.bias",
+    "recurrent.conv": "conv1d.weight",
+    "recurrent.conv_bias": "conv1d.bias",
+    "recurrent.dt_bias": "dt_bias",
+    "recurrent.A_log": "A_log",
+    "recurrent.D": "D",
+    "recurrent.gated_norm": "norm.weight",
+    "recurrent.out": "out_proj.weight",
+    "recurrent.out_bias": "out_proj.bias",
+}
+
+
+def _bamba() -> dict[str, str]:
+    names = dict(_LAYER)
+    for kind in ("layers", "recurrent"):
+        names[f"{kind}.mlp_norm"] = "pre_ff_layernorm.weight"
+        for part in ("gate", "up", "down"):
+            names[f"{kind}.{part}"] = f"feed_forward.{part}_proj.weight"
+            names[f"{kind}.{part}_bias"] = f"feed_forward.{part}_proj.bias"
+    names["recurrent.mixer_norm"] = "input_layernorm.weight"
+    return names | {name: f"mamba.{inner}" for name, inner in _MIXER.items()}
+
 
 def layer_names(family: str) -> dict[str, str]:
     """Flat parameter name -> name within a layer; several may share one (Phi-3, in row order)."""
     if family == "llada":
         return _LLADA
+    if family == "mamba2":
+        mixer = {name: f"mixer.{inner}" for name, inner in _MIXER.items()}
+        return {"recurrent.mixer_norm": "norm.weight"} | mixer
+    if family == "bamba":
+        return _bamba()
     if family == "phi3":
         return _LAYER | _FUSED
     return _LAYER | _SANDWICH if family in ("gemma2", "gemma3_text") else _LAYER
+
+
+def layers_of(config: Config, name: str) -> tuple[int, ...]:
+    """The numbers of the layers whose parameter has this flat name, in the order of its stack."""
+    recurrent = name.startswith("recurrent.")
+    return config.recurrent_layers if recurrent else config.attention_layers
 
 
 def layer_home(family: str) -> str:
@@ -70,7 +107,7 @@ def layer_home(family: str) -> str:
 
 def stem(family: str) -> str:
     """What all names begin with, as Hugging Face writes them."""
-    return "model.transformer." if family == "llada" else "model."
+    return {"llada": "model.transformer.", "mamba2": "backbone."}.get(family, "model.")
 
 
 def single_names(family: str) -> dict[str, str]:
@@ -78,8 +115,10 @@ def single_names(family: str) -> dict[str, str]:
     if family == "llada":
         names = {"embed": "wte.weight", "norm": "ln_f.weight", "head": "ff_out.weight"}
         return {name: stem(family) + tensor for name, tensor in names.items()}
-    return {
-        "embed": "model.embed_tokens.weight",
-        "norm": "model.norm.weight",
-        "head": "lm_head.weight",
-    }
+    inner = {"embed": "embed_tokens.weight", "norm": "norm.weight"}
+    if family == "mamba2":
+        inner = {"embed": "embeddings.weight", "norm": "norm_f.weight"}
+    if family == "bamba":
+        inner["norm"] = "final_layernorm.weight"
+    full = {name: stem(family) + tensor for name, tensor in inner.items()}
+    return full | {"head": "lm_head.weight"}

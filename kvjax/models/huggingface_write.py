@@ -14,7 +14,14 @@ import numpy as np
 from kvjax.models.config import Config, RopeConfig
 from kvjax.models.errors import CheckpointError
 from kvjax.models.huggingface_llada import llada_json
-from kvjax.models.huggingface_names import layer_home, layer_names, single_names, stem
+from kvjax.models.huggingface_names import (
+    layer_home,
+    layer_names,
+    layers_of,
+    single_names,
+    stem,
+)
+from kvjax.models.huggingface_recurrent import recurrent_json
 from kvjax.models.llama import Model, flatten
 from kvjax.models.safetensors_file import DTYPES
 from kvjax.models.tokenizer import Tokenizer
@@ -29,6 +36,8 @@ _CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "mamba2": "Mamba2ForCausalLM",
+    "bamba": "BambaForCausalLM",
 }
 
 
@@ -118,13 +127,12 @@ def _entries(config: Config, flat: dict[str, jax.Array]) -> Iterator[tuple]:
     def entry(hf_name: str, parts: list[tuple[str, int | None]]):
         def values() -> np.ndarray:
             arrays = [np.asarray(flat[n] if i is None else flat[n][i]) for n, i in parts]
-            turn = arrays[0].ndim == 2 and parts[0][0] != "embed"
-            return np.concatenate([a.T if turn else a for a in arrays])
+            return np.concatenate(arrays).reshape(shape)
 
         shapes = [flat[n].shape[0 if i is None else 1 :] for n, i in parts]
-        if len(shapes[0]) == 2 and parts[0][0] != "embed":
-            shapes = [shape[::-1] for shape in shapes]
         shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+        if parts[0][0] == "recurrent.conv":
+            shape = (shape[0], 1, shape[1])
         return hf_name, np.dtype(flat[parts[0][0]].dtype), shape, values
 
     family = config.family
@@ -135,8 +143,8 @@ def _entries(config: Config, flat: dict[str, jax.Array]) -> Iterator[tuple]:
         fused: dict[str, list] = {}
         home = f"{stem(family)}{layer_home(family)}{layer}."
         for name, tensor in layer_names(family).items():
-            if name in flat:
-                fused.setdefault(home + tensor, []).append((name, layer))
+            if name in flat and layer in (of_kind := layers_of(config, name)):
+                fused.setdefault(home + tensor, []).append((name, of_kind.index(layer)))
         for hf_name, parts in fused.items():
             yield entry(hf_name, parts)
 
@@ -148,34 +156,42 @@ def _eos(config: Config) -> int | list[int] | None:
 def _config_json(config: Config, flat: dict[str, jax.Array]) -> dict:
     if config.family == "llada":
         return llada_json(config, str(flat["embed"].dtype), _eos(config))
-    gemma = config.family.startswith("gemma")
-    window = next((w for w in config.windows if w is not None), None)
     found = {
         "architectures": [_CLASSES[config.family]],
         "model_type": config.family,
         "torch_dtype": str(flat["embed"].dtype),
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
         "num_hidden_layers": config.layers,
+        "hidden_act": "silu" if config.activation == "silu" else "gelu_pytorch_tanh",
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": config.bos,
+        "pad_token_id": None,  # else transformers takes the class default, Phi-3's being 32000
+        "eos_token_id": _eos(config),
+    }
+    if config.attention_layers:
+        found |= _attention_json(config)
+    return found | recurrent_json(config) if config.recurrent_layers else found
+
+
+def _attention_json(config: Config) -> dict:
+    gemma = config.family.startswith("gemma")
+    window = next((w for w in config.windows if w is not None), None)
+    found = {
+        "intermediate_size": config.mlp_width,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu" if config.activation == "silu" else "gelu_pytorch_tanh",
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_length,
-        "tie_word_embeddings": config.tied,
         "attention_bias": config.qkv_bias and config.family != "qwen2",
         "mlp_bias": config.mlp_bias,
         "sliding_window": window,
         "rope_theta": config.rope.base,
         "rope_scaling": _rope_json(config.rope),
-        "bos_token_id": config.bos,
-        "pad_token_id": None,  # else transformers takes the class default, Phi-3's being 32000
-        "eos_token_id": _eos(config),
     }
     if gemma:
-        found["hidden_activation"] = found["hidden_act"]
+        found["hidden_activation"] = "silu" if config.activation == "silu" else "gelu_pytorch_tanh"
     if config.family in ("gemma2", "gemma3_text"):
         found["query_pre_attn_scalar"] = _whole(config.scale**-2)
         found["attn_logit_softcapping"] = config.attention_softcap

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvjax.models.config import Config
 from kvjax.models.errors import CheckpointError
-from kvjax.models.llama import Model, parameters
+from kvjax.models.llama import Model, dtype_of, parameters, stacked
 
 CHUNK_BYTES = 2**23  # float32 bytes of one tensor that are in flight at a time
 
@@ -44,7 +44,6 @@ class Piece:
       tensor: the tensor, [rows, ...].
       start, stop: its rows that belong to the parameter; None: to the end.
       places: row `start + i` of the tensor is row places[i] of the parameter; None: row i.
-      transpose: the file has [out, in], the parameter [in, out].
       shift: added to every value (GGUF stores Gemma's norms as 1 + w).
     """
 
@@ -52,15 +51,13 @@ class Piece:
     start: int = 0
     stop: int | None = None
     places: np.ndarray | None = None
-    transpose: bool = False
     shift: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The parameter's shape, one layer of it."""
         first, *rest = self.tensor.shape
-        shape = (min(first if self.stop is None else self.stop, first) - self.start, *rest)
-        return shape[::-1] if self.transpose else shape
+        return (min(first if self.stop is None else self.stop, first) - self.start, *rest)
 
 
 def assemble(
@@ -79,9 +76,9 @@ def assemble(
 
     Args:
       config: what the model is.
-      find: (flat parameter name, layer; 0 for those without layers) -> Piece; raises
-        CheckpointError where the tensor is missing.
-      dtype: floating dtype of the parameters.
+      find: (flat parameter name, layer among those of its kind; 0 for those without layers) ->
+        Piece; raises CheckpointError where the tensor is missing.
+      dtype: floating dtype of the parameters (of a recurrence some stay float32).
       sharding: one sharding, a mapping from flat name, or a function of (flat name, shape); None:
         the default device.
       check_finite: refuse NaN and infinity.
@@ -97,9 +94,9 @@ def assemble(
         raise TypeError(f"dtype={dtype}: parameters need a floating dtype")
     plan = {}
     for name, (shape, _) in parameters(config).items():
-        stacked = name.startswith("layers.")
-        plan[name] = shape, [find(name, layer) for layer in range(shape[0] if stacked else 1)]
-        expected = shape[1:] if stacked else shape
+        layers = stacked(name)
+        plan[name] = shape, [find(name, layer) for layer in range(shape[0] if layers else 1)]
+        expected = shape[1:] if layers else shape
         for piece in plan[name][1]:
             if piece.shape != expected:
                 raise CheckpointError(
@@ -110,9 +107,10 @@ def assemble(
     params = {}
     for name in sorted(plan, key=lambda name: -math.prod(plan[name][0])):
         shape, pieces = plan[name]
+        own = np.dtype(dtype_of(config, name, dtype))
 
-        def block(index, name=name, shape=shape, pieces=pieces):
-            return _read_block(pieces, name, shape, index, dtype, check_finite, source)
+        def block(index, name=name, shape=shape, pieces=pieces, own=own):
+            return _read_block(pieces, name, shape, index, own, check_finite, source)
 
         params[name] = _place(block, shape, sharding_of(sharding, name, shape))
     return Model(config, params)
@@ -120,6 +118,8 @@ def assemble(
 
 def _check_rope(config: Config, source: str) -> None:
     """Refuses rotary rules that give no usable frequencies, before anything is allocated."""
+    if not config.attention_layers:
+        return
     for rope in (config.rope, config.local_rope):
         if rope is None:
             continue
@@ -168,7 +168,7 @@ def _place(block: Callable, shape: tuple[int, ...], sharding) -> jax.Array:
 def _read_block(pieces, name, shape, index, dtype, check_finite, source) -> np.ndarray:
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape)]
     out = np.empty([stop - start for start, stop in bounds], dtype)
-    if name.startswith("layers."):
+    if stacked(name):
         layers, *bounds = bounds
         targets = [(out[i], pieces[layer]) for i, layer in enumerate(range(*layers))]
     else:
@@ -191,11 +191,9 @@ def _read_block(pieces, name, shape, index, dtype, check_finite, source) -> np.n
 
 def _fill(out: np.ndarray, piece: Piece, bounds: list[tuple[int, int]]) -> None:
     """Writes the part `bounds` of a piece (in the parameter's axes) into `out`."""
-    if piece.transpose:
-        out, bounds = out.T, bounds[::-1]
     (low, high), *rest = bounds
     columns = tuple(slice(*part) for part in rest)
-    total = piece.shape[-1 if piece.transpose else 0]
+    total = piece.shape[0]
     step = max(1, CHUNK_BYTES // (4 * math.prod(piece.tensor.shape[1:]) or 1))
     first, last = (low, high) if piece.places is None else (0, total)
     for start in range(first, last, step):

@@ -23,6 +23,8 @@ REFUSED = [
     ("kivi(bits=2.5)", r"kivi\(bits=2.5\): expected an integer"),
     ("kivi(value_bits=0)", r"kivi\(value_bits=0\)"),
     ("kivi(group=48)", r"kivi\(group=48, residual=128\): the group must divide residual"),
+    ("kivi(release=0)", r"kivi\(release=0\): expected an integer of at least 1"),
+    ("h2o(release=1.5)", r"h2o\(release=1.5\): expected an integer of at least 1"),
     ("rtn(bits=12)", r"rtn\(bits=12\)"),
     ("mikv(important_bits=0)", r"mikv\(important_bits=0\): expected an integer from 1"),
     ("gear(backbone='other')", r"backbone='other'.*kivi, kcvt"),

@@ -41,6 +41,15 @@ def test_kivi(bits):
     follow(f"kivi(bits={bits}, group={GROUP}, residual={R})", read)
 
 
+def test_kivi_codes_several_values_together():
+    def read(r, n):
+        nk, nv = n // R * R, max(0, n - R) // 3 * 3
+        k = join(per_channel(r.k[:, :nk], 2, GROUP), r.k[:, nk:n])
+        return k, join(per_token(r.v[:, :nv], 2, GROUP), r.v[:, nv:n])
+
+    follow(f"kivi(bits=2, group={GROUP}, residual={R}, release=3)", read)
+
+
 def test_kivi_boundaries():
     """floor(T / R) R keys and max(0, T - R) values are coded, for every T up to 3 R."""
     stage = kivi(group=GROUP, residual=R).stages[0]

@@ -33,17 +33,20 @@ class Tokens:
 
 
 class H2O(Tokens):
-    def __init__(self, l, b, newest, heavy):
+    def __init__(self, l, b, newest, heavy, release=1):
         super().__init__(l, b)
-        self.sizes = newest, heavy
+        self.sizes, self.release = (newest, heavy), release
         received = by_group(self.row.attention.sum(1))
         self.score = [dict(enumerate(received[h])) for h in range(H)]
         self.drop()
 
     def drop(self):
         newest, heavy = self.sizes
+        # The newest grow until `release` more are there, which then leave together.
+        gone = max(self.n - newest, 0) // self.release * self.release
         for h in range(H):
-            old, new = self.kept[h][:-newest], self.kept[h][-newest:]
+            old = [p for p in self.kept[h] if p < gone]
+            new = [p for p in self.kept[h] if p >= gone]
             values = np.array([self.score[h][p] for p in old])
             self.kept[h] = [old[i] for i in top(values, heavy)] + new
 
@@ -158,6 +161,10 @@ def follow(text, make, positions=None, important=False):
 def test_h2o():
     """keep=0.5 of a prompt of 24: 6 of the newest, 6 heavy hitters, in every row of the batch."""
     follow("h2o(keep=0.5)", lambda l, b: H2O(l, b, 6, 6))
+
+
+def test_h2o_releases_several():
+    follow("h2o(keep=0.5, release=4)", lambda l, b: H2O(l, b, 6, 6, 4))
 
 
 def test_h2o_counts_every_row_once():

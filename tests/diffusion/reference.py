@@ -32,9 +32,9 @@ class Network:
         for layer in range(c.layers):
             w = {n[7:]: v[layer] for n, v in p.items() if n.startswith("layers.")}
             h = self.norm(x, w["attention_norm"])
-            q = (h @ w["q"]).reshape(-1, c.heads, c.head_dim)
-            k = (h @ w["k"]).reshape(-1, c.kv_heads, c.head_dim)
-            v = (h @ w["v"]).reshape(-1, c.kv_heads, c.head_dim)
+            q = (h @ w["q"].T).reshape(-1, c.heads, c.head_dim)
+            k = (h @ w["k"].T).reshape(-1, c.kv_heads, c.head_dim)
+            v = (h @ w["v"].T).reshape(-1, c.kv_heads, c.head_dim)
             q, k = self.turn(q, positions), self.turn(k, positions)
             keys, values = {}, {}
             for (level, n), (key, value) in self.store.items():
@@ -49,11 +49,11 @@ class Network:
             score = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(c.head_dim)
             weight = np.exp(score - score.max(-1, keepdims=True))
             weight /= weight.sum(-1, keepdims=True)
-            x = x + np.einsum("hqk,khd->qhd", weight, v).reshape(len(positions), -1) @ w["o"]
+            x = x + np.einsum("hqk,khd->qhd", weight, v).reshape(len(positions), -1) @ w["o"].T
             h = self.norm(x, w["mlp_norm"])
-            gate = h @ w["gate"]
-            x = x + (gate / (1 + np.exp(-gate)) * (h @ w["up"])) @ w["down"]
-        return self.norm(x, p["norm"]) @ (p["embed"].T if c.tied else p["head"])
+            gate = h @ w["gate"].T
+            x = x + (gate / (1 + np.exp(-gate)) * (h @ w["up"].T)) @ w["down"].T
+        return self.norm(x, p["norm"]) @ (p["embed"] if c.tied else p["head"]).T
 
     def keep(self, positions):
         for (layer, n), (k, v) in self.new.items():

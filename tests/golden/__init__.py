@@ -113,7 +113,8 @@ def write_folder(home: pathlib.Path, config: dict, weights: dict[str, np.ndarray
 
 def draw(shapes: dict[str, list[int]], seed: int, model_type: str) -> dict[str, np.ndarray]:
     """Float32 weights for tensor names in sorted order, uniform with a deviation by their kind:
-    maps fan_in ** -0.5, embeddings 1, biases 0.2, norms 0.2 around one (Gemma: around zero)."""
+    maps fan_in ** -0.5, embeddings 1, biases 0.2, norms 0.2 around one (Gemma: around zero), the
+    recurrence's A_log and D 0.5 around one."""
     bits = np.random.PCG64(seed)
     weights = {}
     for name in sorted(shapes):
@@ -124,8 +125,10 @@ def draw(shapes: dict[str, list[int]], seed: int, model_type: str) -> dict[str, 
             value = 0.2 * noise + (0.0 if model_type.startswith("gemma") else 1.0)
         elif name.endswith("bias"):
             value = 0.2 * noise
-        elif "embed_tokens" in name or "wte" in name:
+        elif "embed" in name or "wte" in name:
             value = noise
+        elif name.endswith(("A_log", ".D")):
+            value = 1.0 + 0.5 * noise
         else:
             value = noise * shape[-1] ** -0.5
         weights[name] = value.astype(np.float32)
