@@ -175,7 +175,7 @@ class Store(Stage):
             k=k, v=v, k_ring=k_ring, v_ring=v_ring,
         )  # fmt: skip
         if self.reader is not None:
-            state = state.replace(index=self._note_pages(state, state.index, seen, kv, context))
+            state = state.replace(index=self._note_pages(state, seen, kv, context))
         return state, None
 
     def _code(
@@ -218,7 +218,7 @@ class Store(Stage):
             raise ValueError(f"{codec} needs the constants {missing}; give them to init_cache")
         return {name: found[name] for name in names}
 
-    def _note_pages(self, state: Stored, index: Any, seen: Array, kv: KV, context: Commit) -> Any:
+    def _note_pages(self, state: Stored, seen: Array, kv: KV, context: Commit) -> Any:
         """Shows the reader every page that these rows completed."""
         page, spec = self.reader.page, state.spec
         coded = self._coded(state.seen)
@@ -244,7 +244,7 @@ class Store(Stage):
             valid = (pos >= 0).reshape(*pos.shape[:3], span, page)
             return self.reader.write(index, number, k, valid)
 
-        return jax.lax.cond(jnp.any(last > first), write, lambda index: index, index)
+        return jax.lax.cond(jnp.any(last > first), write, lambda index: index, state.index)
 
     def _coded(self, seen: Array) -> Array:
         """Tokens of which both key and value are coded."""
