@@ -143,6 +143,19 @@ def setting(values: Any, name: str) -> Any:
         raise ValueError(f"config: {name}={value!r}: {error}") from None
 
 
+def settings(values: Any, names: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
+    """`setting` of each of `names`; a config file may also name `others`, and nothing else.
+
+    Raises:
+      ValueError: a value that is not allowed, or a name in the config file that is no setting.
+    """
+    allowed = (*names, *others)
+    for name in values.config or ():
+        if name not in allowed:
+            raise ValueError(f"config: {name!r} is no setting; expected {', '.join(allowed)}")
+    return {name: setting(values, name) for name in names}
+
+
 def table(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints rows on the terminal.
 

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import common, report
-from experiments.common import setting
+from experiments.common import setting, settings
 from kvjax import cache as kv
 from kvjax.compress import parse
 from kvjax.decode import extend, generate, positions_of, score
@@ -313,11 +313,7 @@ def settings_of(values: Any) -> dict[str, Any]:
     Raises:
       ValueError: a value that is not allowed, or a name in the config file that is no setting.
     """
-    allowed = (*SETTINGS, *OTHERS)
-    for name in values.config or ():
-        if name not in allowed:
-            raise ValueError(f"config: {name!r} is no setting; expected {', '.join(allowed)}")
-    chosen = {name: setting(values, name) for name in SETTINGS}
+    chosen = settings(values, SETTINGS, OTHERS)
     for name in ("offsets", "needle_lengths"):
         chosen[name] = [_integer(name, x) for x in chosen[name]]
     modes = chosen["needle_modes"]

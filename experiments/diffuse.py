@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import common
-from experiments.common import setting
+from experiments.common import setting, settings
 from kvjax.cache import nbytes
 from kvjax.codecs import per_kv, quantize
 from kvjax.compress import parse
@@ -189,11 +189,7 @@ def settings_of(values: Any) -> dict[str, Any]:
     Raises:
       ValueError: a value that is not allowed, or a name in the config file that is no setting.
     """
-    for name in values.config or ():
-        if name not in (*SETTINGS, *OTHERS):
-            allowed = ", ".join((*SETTINGS, *OTHERS))
-            raise ValueError(f"config: {name!r} is no setting; expected {allowed}")
-    chosen = {name: setting(values, name) for name in SETTINGS}
+    chosen = settings(values, SETTINGS, OTHERS)
     allowed = (*OPERATIONS, SPEED)
     if not chosen["tasks"] or set(chosen["tasks"]) - set(allowed):
         raise ValueError(f"tasks={chosen['tasks']}: expected some of {', '.join(allowed)}")

@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import common
-from experiments.common import setting
+from experiments.common import setting, settings
 from kvjax.data import ListOperations, batches
 from kvjax.data.list_operations import EOS, MASK, VOCABULARY, correct, tokenizer
 from kvjax.diffusion import Choice, blocks, denoise, quota
@@ -84,12 +84,7 @@ def settings_of(values: Any) -> dict[str, Any]:
     Raises:
       ValueError: a value that is not allowed, or a name in the config file that is no setting.
     """
-    for name in values.config or ():
-        if name not in (*SETTINGS, *OTHERS):
-            raise ValueError(
-                f"config: {name!r} is no setting; expected {', '.join((*SETTINGS, *OTHERS))}"
-            )
-    chosen = {name: setting(values, name) for name in SETTINGS}
+    chosen = settings(values, SETTINGS, OTHERS)
     if chosen["width"] % chosen["heads"] or chosen["width"] // chosen["heads"] % 2:
         raise ValueError(
             f"width={chosen['width']}, heads={chosen['heads']}: expected an even width per head"

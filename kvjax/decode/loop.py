@@ -225,7 +225,7 @@ def generate(
         )
     stop = model.config.eos if stop is None else tuple(stop)
     batch = logits.shape[0]
-    _check_room(cache, new_tokens)
+    check_room(cache, new_tokens)
     processor = processors() if processor is None else processor
     if resume is not None:
         state, stopped, drawn = resume.processor, resume.stopped, resume.drawn
@@ -247,7 +247,8 @@ def generate(
     )
 
 
-def _check_room(cache: Cache, more: int) -> None:
+def check_room(cache: Cache, more: int) -> None:
+    """Raises ValueError where a row has no room for `more` tokens; says nothing under a trace."""
     if isinstance(cache.length, jax.core.Tracer):
         return
     longest = int(np.max(np.asarray(cache.length)))
@@ -346,7 +347,7 @@ def score(
       and the next logits [B, V] where asked for.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
-    _check_room(cache, tokens.shape[1])
+    check_room(cache, tokens.shape[1])
     moving, rest = apart(cache)
     logprobs, before, after, moving = _score(
         model, moving, rest, logits.astype(jnp.float32), tokens, keep_logits

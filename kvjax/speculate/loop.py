@@ -16,7 +16,7 @@ from jax import Array
 
 from kvjax.cache import Cache, apart, commit, horizon, together
 from kvjax.cache.types import pytree
-from kvjax.decode.loop import _check_room
+from kvjax.decode.loop import check_room
 from kvjax.decode.process import Processor, processors
 from kvjax.decode.sample import Sampler
 from kvjax.models.decoder import embed, forward
@@ -108,7 +108,7 @@ def speculate(
         raise ValueError(f"new_tokens={new_tokens}: at least 1")
     if not isinstance(drafter, Drafter):
         raise ValueError(f"drafter={drafter!r}: expected a Drafter, such as prompt_lookup()")
-    _check_room(cache, new_tokens)
+    check_room(cache, new_tokens)
     stop = model.config.eos if stop is None else tuple(stop)
     processor = processors() if processor is None else processor
     batch, vocab = logits.shape
