@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kvjax.cache.barrier import computed
+
 # On CPU: up to ROWS rows are multiplied one by one, each in parts of the matrix of at most CACHED
 # bytes, which the caches of two cores hold between rows, if the matrix has at most SMALL bytes;
 # for up to FEW rows the matrix comes first. XLA fuses the slice of a stacked matrix into a
@@ -51,7 +53,7 @@ def _product(x: Array, weight: Array, dtype: Any) -> Array:
 
 
 def _row_by_row(x: Array, weight: Array, dtype: Any) -> Array:
-    x = _computed(x)
+    x = computed(x)
     parts = 1 if len(x) == 1 else max(weight.size * weight.dtype.itemsize // CACHED, 1)
     size = -(-len(weight) // parts)
     parts = [weight[i : i + size] for i in range(0, len(weight), size)]
@@ -61,12 +63,4 @@ def _row_by_row(x: Array, weight: Array, dtype: Any) -> Array:
 
 def _matrix_first(x: Array, weight: Array, dtype: Any) -> Array:
     out = jnp.einsum("vd,rd->vr", weight, x, preferred_element_type=dtype)
-    return _computed(out).T  # else XLA would turn the product round again
-
-
-def _computed(x: Array) -> Array:
-    """x, known to the compiler only by its values: otherwise XLA would fuse what computes x into
-    the product, and compute it again for every output. A quotient is never fused so."""
-    bits = jax.lax.stop_gradient(x).astype(jnp.float32).view(jnp.int32)
-    one = 1 + jnp.minimum(bits & 0x7FFFFFFF, 0)  # always 1
-    return x / one.astype(x.dtype)
+    return computed(out).T  # else XLA would turn the product round again
