@@ -45,8 +45,8 @@ flags.DEFINE_integer("prompts", 50, "Requests.", lower_bound=1)
 flags.DEFINE_integer("longest", 160, "Tokens of the longest prompt.", lower_bound=16)
 flags.DEFINE_integer("new_tokens", 32, "Tokens decoded per request.", lower_bound=2)
 flags.DEFINE_integer("cold", 8, "Last requests run with fresh states too.", lower_bound=0)
-flags.DEFINE_integer("batch", 10, "Prompts per batch in the second part.", lower_bound=1)
-flags.DEFINE_string("methods", METHODS, "Caches of the third part, on one batch; empty: none.")
+flags.DEFINE_integer("batch", 10, "Prompts per batch in the second and third part.", lower_bound=1)
+flags.DEFINE_string("methods", METHODS, "Caches of the third part; empty: none.")
 flags.DEFINE_float(
     "margin", 0.01, "A first difference is excused where the best two logits are closer than this."
 )
@@ -293,7 +293,7 @@ def run(settings: dict[str, Any], results: common.Results) -> None:
         (f"{name}, batches of {size}", first, None, job.prompts[: 2 * size]),
     ]
     for label, method in job.methods.items():
-        todo.append((f"{name} in {label}", first, method, job.prompts[:size]))
+        todo.append((f"{name} in {label}", first, method, job.prompts))
     for label, drafter, method, prompts in todo:
         if results.get(label) is None:
             say(label)

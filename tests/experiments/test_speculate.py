@@ -79,7 +79,7 @@ def test_every_part_has_its_row(found):
         assert row["accepted_so_far"][-1] == pytest.approx(row["mean_accepted_tokens"])
         assert row["drafter"][:12] in printed
     requests = [rows[name]["requests"] for name in rows]
-    assert requests == [*(PROMPTS,) * 3, 2 * BATCH, BATCH]
+    assert requests == [*(PROMPTS,) * 3, 2 * BATCH, PROMPTS]
     assert (out / "accepted.png").stat().st_size > 10_000
 
 
