@@ -84,13 +84,38 @@ class RandomTrees(Drafter):
         return Tree(tokens, self.tree.parent(), self.tree.depth)
 
 
+def questions_of(path: str) -> list[str]:
+    """The (first) questions of a .jsonl file, as of Spec-Bench ("turns") or GSM8K ("question").
+
+    Raises:
+      FileNotFoundError: no such file. ValueError: a line has no question; it is named.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"questions={path!r}: no such file")
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            text = item["turns"][0] if "turns" in item else item["question"]
+        except (ValueError, KeyError, IndexError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise ValueError(
+                f"questions={path!r}, line {number}: expected an object with 'turns' (a list of "
+                "texts) or 'question'"
+            )
+        found.append(text)
+    return found
+
+
 def prompts_of(settings: dict[str, Any], tokenizer: Any) -> list[list[int]]:
     """Token lists of unequal lengths: questions through the chat template, or pieces of a text."""
     count, longest = settings["prompts"], settings["longest"]
     if settings["questions"]:
-        lines = pathlib.Path(settings["questions"]).read_text(encoding="utf-8").splitlines()
-        items = [json.loads(line) for line in lines if line.strip()]
-        asked = [item["turns"][0] if "turns" in item else item["question"] for item in items]
+        asked = questions_of(settings["questions"])
         rows = [tokenizer.chat([{"role": "user", "content": text}]) for text in asked]
         rows = [row for row in rows if len(row) <= longest]
         if len(rows) < count:
