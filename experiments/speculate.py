@@ -290,6 +290,7 @@ def picture(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         bars = axes[0].barh(place + shift, [row[key] for row in rows], 0.38, label=label)
         axes[0].bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     axes[0].set_yticks(place, [row["drafter"] for row in rows], fontsize=8)
+    axes[0].margins(x=0.08)
     axes[0].axvline(1.0, color="gray", lw=0.8)
     axes[0].legend(fontsize=8, loc="lower right")
     for row in rows:
