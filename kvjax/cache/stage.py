@@ -26,6 +26,7 @@ class Commit:
       stats: statistics of the whole prompt by name; only in the bulk commit of `finish`.
       constants: arrays of the transform (calibration, codebooks, shared prefixes).
       softcap: of the model's attention logits.
+      last: what this stage passes on is forgotten, so it need not be read.
     """
 
     phase: Phase
@@ -34,6 +35,7 @@ class Commit:
     stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     constants: Any = None
     softcap: float | None = None
+    last: bool = False
 
     def rotated(self, kv: KV, unrotated: bool) -> Array:
         """The keys of `kv` [L, B, H, T, D], rotated at their positions."""
@@ -132,6 +134,12 @@ class Stage:
     @property
     def first_only(self) -> bool:
         """Whether the stage must stand at the head of its chain."""
+        return False
+
+    @property
+    def light(self) -> bool:
+        """Whether a few tokens that are none cost next to nothing to commit, where nothing is
+        passed on: such a last stage is committed to without asking whether any token comes."""
         return False
 
     @property
