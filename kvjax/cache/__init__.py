@@ -54,6 +54,7 @@ from kvjax.cache.types import (
     Rope,
     Spec,
     merge,
+    merge_over,
     partial_attention,
     rotate,
 )
@@ -104,6 +105,7 @@ __all__ = [
     "key_norm",
     "logical_axes",
     "merge",
+    "merge_over",
     "nbytes",
     "nearest",
     "newest_attention",

@@ -104,10 +104,10 @@ def attend_slots(
     Args:
       kv: k, v [L, B, H, N, D]. A column named "bias" is added to the logits.
       layer: int32 scalar.
-      used: see `blockwise`.
+      used: int32 scalar, slots of the whole buffer from there on are known to be empty.
       unrotated: keys are stored before rotation: rotate them at their positions here.
       q: use these queries [B, Hq, T, D] in place of `query.q`.
-      hidden: bool [B, N], held slots that must not be read (superseded by new rows).
+      hidden: bool [B, N], slots at hand that must not be read (superseded by new rows).
       pair: codecs of keys and values (`.k`, `.v`); None: the buffer is exact.
 
     Returns:
@@ -135,6 +135,8 @@ def attend_slots(
         mix = (lambda p: dot_values(p, v)) if pair is None else (lambda p: pair.v.mix(p, v))
         return partial_attention(logits, mask, mix)
 
+    if used is not None:
+        used = jnp.clip(used - query.base(slots), 0, slots)
     block = block_size(query.q.shape[0] * heads * query.q.shape[3])
     return query.ungroup(blockwise(query, slots, used, part, block))
 

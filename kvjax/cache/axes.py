@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 
 from kvjax.cache.cache import Cache
+from kvjax.cache.chain import Pending
 from kvjax.cache.paging import Pool
 from kvjax.cache.store import Stored
 
 HELD = ("layers", "batch", "kv_heads", "slots")
+WINDOW = ("layers", "batch", "kv_heads", "window")
+PAGES = ("layers", "batch", "kv_heads", "pages")
 
 
 def _named(x: Any, names: tuple[str, ...]) -> tuple[str | None, ...]:
@@ -19,33 +23,38 @@ def _named(x: Any, names: tuple[str, ...]) -> tuple[str | None, ...]:
     return tuple(None if size == 1 else name for size, name in zip(x.shape, names))
 
 
+def _all(tree: Any, names: tuple[str, ...]) -> Any:
+    return jax.tree.map(lambda x: _named(x, names), tree)
+
+
+def state_axes(own: Any) -> Any:
+    """The state of one stage (or of a pending prompt) with axis names in place of its arrays."""
+    if isinstance(own, Pending):
+        stats = _all(own.stats, ("layers", "batch", "heads"))
+        return dataclasses.replace(_all(own, HELD), stats=stats)
+    if isinstance(own, Stored):
+        held = _all(own, HELD)
+        if isinstance(own.place, Pool):
+            place = Pool(_named(own.place.address, HELD), (None,), own.place.starts, own.place.page)
+            pos, extra, k, v = _all((own.pos, own.extra, own.k, own.v), ("pool",))
+            held = held.replace(pos=pos, extra=extra, k=k, v=v, place=place)
+        rings = _all((own.k_ring, own.v_ring), WINDOW)
+        return held.replace(k_ring=rings[0], v_ring=rings[1], index=_all(own.index, PAGES))
+    if getattr(own, "ndim", None) == 1:
+        return _named(own, ("batch",))
+    return _all(own, HELD)
+
+
 def logical_axes(cache: Cache) -> Cache:
     """The cache with each array replaced by a tuple of axis names, one per axis, or None.
 
-    Names: "layers", "batch", "kv_heads", "heads", "slots". Arrays of a pool have "slots" alone:
-    its heads lie in one run. Axes of size 1 (layers or heads that hold the same tokens) have none.
+    Names: "layers", "batch", "kv_heads", "heads", "slots"; "window" for the few exact tokens
+    before a store, "pages" for the index of a reader. Arrays of a pool have "pool" alone: its heads
+    lie in one run. Axes of size 1 (layers or heads that hold the same tokens) have none.
     """
-
-    def state(own: Any) -> Any:
-        if own is None:
-            return None
-        if isinstance(own, Stored) and isinstance(own.place, Pool):
-            flat = lambda x: _named(x, ("slots",))  # noqa: E731
-            held = jax.tree.map(lambda x: _named(x, HELD), own)
-            place = Pool(_named(own.place.address, HELD), (None,), own.place.starts, own.place.page)
-            pool = jax.tree.map(flat, (own.pos, own.extra, own.k, own.v))
-            return held.replace(pos=pool[0], extra=pool[1], k=pool[2], v=pool[3], place=place)
-        if hasattr(own, "stats"):
-            stats = jax.tree.map(lambda x: _named(x, ("layers", "batch", "heads")), own.stats)
-            rest = jax.tree.map(lambda x: _named(x, HELD), own)
-            return type(own)(rest.kv, rest.seen, stats, own.spec)
-        if getattr(own, "ndim", None) == 1:
-            return _named(own, ("batch",))
-        return jax.tree.map(lambda x: _named(x, HELD), own)
-
     states = tuple(
-        state(s) if not isinstance(s, tuple) else tuple(state(own) for own in s)
+        state_axes(s) if isinstance(s, Pending) else tuple(state_axes(own) for own in s)
         for s in cache.state
     )
     constants = jax.tree.map(lambda x: (None,) * x.ndim, cache.constants)
-    return cache.replace(state=states, length=("batch",), constants=constants)
+    return cache.replace(state=states, length=_named(cache.length, ("batch",)), constants=constants)

@@ -29,7 +29,7 @@ from kvjax.cache.types import (
 )
 
 
-@pytree("transforms", "groups", "softcap", "max_length")
+@pytree("transforms", "groups", "softcap", "max_length", "layout")
 class Cache:
     """Everything that is held of a batch of sequences. Immutable.
 
@@ -39,6 +39,8 @@ class Cache:
       constants: arrays never donated: "rope", "span" (sliding windows) and those of the transform.
       transforms: one transform per group, static.
       groups: which layers each group holds, static.
+      layout: how the arrays lie over the devices of a mesh (`kvjax.parallel.Layout`), static;
+        None: wherever they are.
     """
 
     state: tuple[Any, ...]
@@ -48,6 +50,7 @@ class Cache:
     groups: tuple[tuple[int, ...], ...]
     softcap: float | None
     max_length: int
+    layout: Any = None
 
     def replace(self, **changes: Any) -> Cache:
         return dataclasses.replace(self, **changes)
@@ -90,6 +93,7 @@ def init_cache(
     dtype: Any = jnp.float32,
     exact_layers: Sequence[int] = (),
     constants: Mapping[str, Any] | None = None,
+    layout: Any = None,
 ) -> Cache:
     """An empty cache for a model.
 
@@ -106,9 +110,10 @@ def init_cache(
         end).
       constants: arrays that the transform reads by name (calibration, shared prefixes), their
         first axis that of layers, or of size 1.
+      layout: `kvjax.parallel.Layout`, how the cache lies over the devices of a mesh.
 
     Raises:
-      ValueError: sizes that do not fit each other, the model or the transform.
+      ValueError: sizes that do not fit each other, the model, the transform or the mesh.
     """
     if isinstance(transform, Stage):
         transform = chain(transform)
@@ -139,29 +144,40 @@ def init_cache(
 
         plan.append((tuple(sorted(exact)), chain(store())))
     plan = [(layers, t) for layers, t in plan if layers]
-    states = []
-    for layers, t in plan:
-        spec = Spec(
-            len(layers),
-            batch,
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
+
+    def empty() -> Cache:
+        states = []
+        for layers, t in plan:
+            spec = Spec(
+                len(layers),
+                batch,
+                config.heads,
+                config.kv_heads,
+                config.head_dim,
+                max_length,
+                prompt,
+                prompt,
+                dtype,
+                shards=1 if layout is None else layout.shards,
+            )
+            states.append(t.init(spec))
+        return Cache(
+            tuple(states),
+            jnp.zeros((batch,), jnp.int32),
+            {"rope": rope_of(config, max_length), "span": span_of(config)},
+            tuple(t for _, t in plan),
+            tuple(layers for layers, _ in plan),
+            config.attention_softcap,
             max_length,
-            prompt,
-            prompt,
-            dtype,
+            layout,
         )
-        states.append(t.init(spec))
-    return Cache(
-        tuple(states),
-        jnp.zeros((batch,), jnp.int32),
-        {"rope": rope_of(config, max_length), "span": span_of(config), **(constants or {})},
-        tuple(t for _, t in plan),
-        tuple(layers for layers, _ in plan),
-        config.attention_softcap,
-        max_length,
-    )
+
+    constants = dict(constants or {})
+    if layout is None:
+        cache = empty()
+    else:
+        cache, constants = layout.create(empty), layout.everywhere(constants)
+    return cache.replace(constants={**cache.constants, **constants})
 
 
 def rope_of(config: Any, length: int) -> Rope:
@@ -262,9 +278,14 @@ def commit(cache: Cache, new: New, keep: Array | None = None, phase: Phase = "de
             seen = _observe(new.seen, index, rows.pos[0, :, 0], layers)
         if not transform.unrotated:
             own = dataclasses.replace(own, k=rotate(own.k, own.pos, rope))
-        context = Commit(phase, rope, seen, {}, cache.constants, cache.softcap)
+        context = Commit(phase, rope, seen, {}, cache.constants, cache.softcap, cache.layout)
         states.append(transform.commit(state, own, context))
-    return cache.replace(state=tuple(states), length=length)
+    return _placed(cache.replace(state=tuple(states), length=length))
+
+
+def _placed(cache: Cache) -> Cache:
+    """Keeps a sharded cache's arrays on the devices that its layout says."""
+    return cache if cache.layout is None else cache.layout.constrain(cache)
 
 
 def _layers(kv: KV, layers: tuple[int, ...], new: New) -> KV:
@@ -301,13 +322,16 @@ def finish(cache: Cache, stats: Mapping[str, Any] | None = None) -> Cache:
     Returns:
       The cache, ready to decode. Shapes may change.
     """
+
+    def context(layers: tuple[int, ...]) -> Commit:
+        rope = _rope(cache, layers)
+        return Commit("prefill", rope, None, {}, cache.constants, cache.softcap, cache.layout)
+
     states = tuple(
-        t.finish(
-            s, Commit("prefill", _rope(cache, g), None, {}, cache.constants, cache.softcap), stats
-        )
+        t.finish(s, context(g), stats)
         for t, s, g in zip(cache.transforms, cache.state, cache.groups)
     )
-    return cache.replace(state=states)
+    return _placed(cache.replace(state=states))
 
 
 def horizon(cache: Cache) -> Array:

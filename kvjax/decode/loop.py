@@ -65,6 +65,7 @@ def prefill(
     dtype: Any = None,
     exact_layers: tuple[int, ...] = (),
     constants: Any = None,
+    layout: Any = None,
 ) -> tuple[Array, Cache]:
     """Runs prompts into a fresh cache.
 
@@ -79,7 +80,7 @@ def prefill(
       max_length: room per row, prompt included. new_tokens: in its place, room beyond the prompt.
       chunk: tokens per forward pass; None: all at once.
       dtype: of exact keys and values; None: that of the embedding.
-      exact_layers, constants: see `init_cache`.
+      exact_layers, constants, layout: see `init_cache`.
 
     Returns:
       (logits float32 [B, V] of the last token of each row, cache ready to decode).
@@ -106,6 +107,7 @@ def prefill(
         dtype=model.embed.dtype if dtype is None else dtype,
         exact_layers=exact_layers,
         constants=constants,
+        layout=layout,
     )
     return extend(model, cache, tokens, positions, phase="prefill", chunk=chunk, fresh=True)
 

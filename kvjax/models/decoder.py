@@ -88,6 +88,8 @@ def forward(
         before = x
         h = rms_norm(x, layer.attention_norm[...], config)
         q, k, v = _project(h, layer, config)
+        if cache is not None and cache.layout is not None:
+            q, k, v = cache.layout.heads(q, k, v)
         raw = q * config.scale
         turned = rotate(raw, positions[:, None], rope)
         keys = rotate(k, positions[:, None], rope)
@@ -95,6 +97,7 @@ def forward(
             turned, raw, positions, rope, span,
             {} if cache is None else cache.constants,
             jnp.zeros((x.shape[0],), jnp.int32), config.attention_softcap, windowed, differentiable,
+            None if cache is None else cache.layout,
         )  # fmt: skip
         part = attend_new(query, keys, v, mask)
         if cache is not None and read:

@@ -1,0 +1,23 @@
+"""Many devices: meshes, rules from logical axes to mesh axes, context-parallel attention.
+
+mesh = make_mesh("data=2,tensor=2,context=2")
+model, tokenizer = kvjax.load(name, sharding=parameter_shardings(config, mesh))
+logits, cache = kvjax.prefill(model, tokens, method, new_tokens=64, layout=Layout(mesh))
+"""
+
+from kvjax.parallel.context import Layout, replicated, rows, shard
+from kvjax.parallel.mesh import AXES, make_mesh, parse_mesh
+from kvjax.parallel.rules import Rules, parameter_shardings, shardings
+
+__all__ = [
+    "AXES",
+    "Layout",
+    "Rules",
+    "make_mesh",
+    "parameter_shardings",
+    "parse_mesh",
+    "replicated",
+    "rows",
+    "shard",
+    "shardings",
+]
