@@ -6,6 +6,7 @@ logits, cache = kvjax.prefill(model, tokens, method, new_tokens=64, layout=Layou
 """
 
 from kvjax.parallel.context import Layout, replicated, rows, shard
+from kvjax.parallel.distributed import agree, fail_together, fetch, init, is_main
 from kvjax.parallel.mesh import AXES, make_mesh, parse_mesh
 from kvjax.parallel.rules import Rules, parameter_shardings, shardings
 
@@ -13,6 +14,11 @@ __all__ = [
     "AXES",
     "Layout",
     "Rules",
+    "agree",
+    "fail_together",
+    "fetch",
+    "init",
+    "is_main",
     "make_mesh",
     "parameter_shardings",
     "parse_mesh",
