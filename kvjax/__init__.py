@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 
-_MODULES = ("cache", "codecs", "compress", "decode", "evaluate", "models")
+_MODULES = ("cache", "codecs", "compress", "decode", "evaluate", "models", "parallel")
 _HOMES = {
     "Cache": "cache",
     "chain": "cache",

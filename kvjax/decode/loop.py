@@ -245,7 +245,8 @@ def generate(
 def _check_room(cache: Cache, more: int) -> None:
     if isinstance(cache.length, jax.core.Tracer):
         return
-    longest = int(np.max(np.asarray(cache.length)))
+    whole = cache.length.is_fully_addressable
+    longest = int(np.max(np.asarray(cache.length)) if whole else jnp.max(cache.length))
     if longest + more > cache.max_length:
         raise ValueError(
             f"the cache has room for max_length={cache.max_length} tokens per row, holds up to "

@@ -15,12 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax.cache import Cache, Partial, Query, logical_axes, merge_over
 from kvjax.cache.axes import state_axes
-from kvjax.parallel.rules import Rules, parameter_shardings, shardings
+from kvjax.parallel.rules import Rules, parameter_sharding, shardings
+
+RULES = Rules()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Layout:
     """
 
     mesh: Mesh
-    rules: Rules = Rules()
+    rules: Rules = RULES
 
     @property
     def context(self) -> tuple[str, ...]:
@@ -63,6 +66,17 @@ class Layout:
     def create(self, make: Callable[[], Cache]) -> Cache:
         """`make()`, each device making its own part; no array is ever whole on one device."""
         return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
+
+    def rows(self, x: Any) -> Array:
+        """An array [B, ...] that every process has whole, its rows laid out as those of a cache.
+
+        Raises:
+          ValueError: see `Rules.spec`.
+        """
+        x = np.asarray(x)
+        names = ("batch", *(None,) * (x.ndim - 1))
+        where = NamedSharding(self.mesh, self.rules.spec(names, x.shape, self.mesh, "rows"))
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
     def heads(self, *arrays: Array) -> tuple[Array, ...]:
         """Queries, keys and values [B, heads, T, D], each device with the heads that it holds.
@@ -146,7 +160,7 @@ def shard(tree: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
 
     A cache whose slots are to be split must have been made for it, with
     `init_cache(..., layout=Layout(mesh, rules))`, which also lays it out; a large model is better
-    loaded straight to its place, `kvjax.load(name, sharding=parameter_shardings(...))`.
+    loaded straight to its place, `kvjax.load(name, sharding=parameter_sharding(mesh))`.
 
     Args:
       tree: a `Model` or a `Cache`.
@@ -159,8 +173,9 @@ def shard(tree: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
 
     rules = Rules() if rules is None else rules
     if isinstance(tree, Model):
-        where = parameter_shardings(tree.config, mesh, rules)
-        return Model(tree.config, jax.device_put(flatten(tree), dict(where)))
+        where = parameter_sharding(mesh, rules)
+        flat = {n: jax.device_put(x, where(n, x.shape)) for n, x in flatten(tree).items()}
+        return Model(tree.config, flat)
     if not isinstance(tree, Cache):
         raise ValueError(f"shard({type(tree).__name__}): expected a Model or a Cache")
     layout = Layout(mesh, rules)
@@ -177,9 +192,3 @@ def shard(tree: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that every device of the mesh has whole."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def rows(mesh: Mesh, rules: Rules | None = None) -> NamedSharding:
-    """The sharding of arrays [B, ...] whose rows are split as those of a cache."""
-    axes = (Rules() if rules is None else rules).of("batch")
-    return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())

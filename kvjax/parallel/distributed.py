@@ -1,12 +1,12 @@
 """Several processes: joining them, what only one of them does, and failing together.
 
-    def main(argv):
-        init()                      # after flags are parsed, before anything is computed
-        ...
-        if is_main():               # one process writes
-            path.write_text(...)
+def main(argv):
+    init()                      # after flags are parsed, before anything is computed
+    ...
+    if is_main():               # one process writes
+        path.write_text(...)
 
-    app.run(fail_together(main))
+app.run(fail_together(main))
 """
 
 from __future__ import annotations

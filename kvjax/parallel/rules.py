@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -135,14 +135,18 @@ def shardings(axes: Any, arrays: Any, mesh: Mesh, rules: Rules | None = None) ->
     return structure.unflatten([one(path, x, n) for (path, x), n in zip(paths, names)])
 
 
-def parameter_shardings(config: Any, mesh: Mesh, rules: Rules | None = None) -> Mapping[str, Any]:
-    """Flat parameter name -> sharding; what `kvjax.load(..., sharding=...)` takes.
+def parameter_sharding(
+    mesh: Mesh, rules: Rules | None = None
+) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """(flat parameter name, shape) -> sharding; what `kvjax.load(..., sharding=...)` takes.
 
-    Raises:
-      ValueError: see `Rules.spec`.
+    The function raises ValueError, see `Rules.spec`.
     """
-    from kvjax.models.llama import parameters
+    from kvjax.models.llama import axes_of
 
-    table = parameters(config)
-    names = {name: axes for name, (_, axes) in table.items()}
-    return shardings(names, {name: shape for name, (shape, _) in table.items()}, mesh, rules)
+    rules = Rules() if rules is None else rules
+
+    def one(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(mesh, rules.spec(axes_of(name), shape, mesh, f"parameter {name!r}"))
+
+    return one
