@@ -143,6 +143,18 @@ class Results:
         os.replace(temporary, self.path)
 
 
+def setting(values: Any, name: str) -> Any:
+    """One flag: the command line's, else the config file's (checked like a flag), else default."""
+    flag = values[name]
+    if flag.present or values.config is None or name not in values.config:
+        return flag.value
+    value = values.config[name]
+    try:
+        return flag.parser.parse(list(value) if isinstance(value, tuple) else value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config: {name}={value!r}: {error}") from None
+
+
 def table(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints rows on the terminal.
 

@@ -22,6 +22,7 @@ from ml_collections import config_flags
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import common, report
+from experiments.common import setting
 from kvjax import cache as kv
 from kvjax import parallel
 from kvjax.compress import parse
@@ -364,18 +365,6 @@ def settings_of(values: Any) -> dict[str, Any]:
     if unknown := set(modes) - {"aware", "agnostic"}:
         raise ValueError(f"needle_modes={sorted(unknown)}: expected 'aware' and 'agnostic'")
     return chosen
-
-
-def setting(values: Any, name: str) -> Any:
-    """One flag: the command line's, else the config file's (checked like a flag), else default."""
-    flag = values[name]
-    if flag.present or values.config is None or name not in values.config:
-        return flag.value
-    value = values.config[name]
-    try:
-        return flag.parser.parse(list(value) if isinstance(value, tuple) else value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"config: {name}={value!r}: {error}") from None
 
 
 def _integer(name: str, text: Any) -> int:

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import importlib
 
-_MODULES = ("cache", "codecs", "compress", "decode", "evaluate", "models", "parallel")
+_MODULES = (
+    "cache", "codecs", "compress", "data", "decode", "diffusion", "evaluate", "models",
+    "parallel", "train",
+)  # fmt: skip
 _HOMES = {
     "Cache": "cache",
     "chain": "cache",

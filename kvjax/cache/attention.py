@@ -70,11 +70,14 @@ def blockwise(
     """
     if slots <= block:
         return part(0, slots, 0)
+    # Blocks of equal size, so that the last one reads little again.
+    count = -(-slots // block)
+    block = -(-slots // (count * unit)) * unit
 
     def read(first: Any) -> Partial:
         return part(jnp.minimum(first, slots - block), block, first)
 
-    few = max(block // 2 // unit, 1) * unit
+    few = max(block // 4 // unit, 1) * unit
     none = jax.eval_shape(lambda: part(0, few, 0))
     none = Partial.identity(none.max.shape, none.out.shape[-1])
     if query.differentiable or used is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvjax.cache import Chain
@@ -34,11 +34,17 @@ METHODS: dict[str, Callable[..., Chain]] = {
 }  # fmt: skip
 
 
-def parse(text: str) -> list[tuple[str, Chain]]:
+def parse(
+    text: str, known: Mapping[str, Callable[..., Any]] = METHODS, name: str = "methods"
+) -> list[tuple[str, Any]]:
     """Methods written as in Python, separated by semicolons: [(label, chain), ...].
 
     Method names (with or without parentheses), keyword arguments, literals, and further methods as
     arguments; nothing is evaluated. The label is the expression in normal form.
+
+    Args:
+      known: functions by name; other vocabularies than methods are read alike.
+      name: what error messages call the text.
 
     Raises:
       ValueError: syntax (with its place), unknown methods (with the nearest names), unknown
@@ -51,41 +57,40 @@ def parse(text: str) -> list[tuple[str, Chain]]:
     start = 0
     for piece in text.split(";"):
         if piece.strip():
-            found.append(_one(text, piece, start))
+            found.append(_one(_Place(text, start, known, name), piece))
         start += len(piece) + 1
     if not found:
-        raise ValueError(f"methods={text!r}: expected at least one of {', '.join(METHODS)}")
+        raise ValueError(f"{name}={text!r}: expected at least one of {', '.join(known)}")
     return found
 
 
-def _one(text: str, piece: str, start: int) -> tuple[str, Chain]:
-    start += len(piece) - len(piece.lstrip())
+def _one(where: _Place, piece: str) -> tuple[str, Any]:
+    where.start += len(piece) - len(piece.lstrip())
     try:
         node = ast.parse(piece.strip(), mode="eval").body
     except (SyntaxError, ValueError) as error:
-        at = start + (getattr(error, "offset", None) or 1)
+        at = where.start + (getattr(error, "offset", None) or 1)
         reason = getattr(error, "msg", None) or error
-        raise ValueError(f"methods={text!r}: {reason}, at character {at}") from None
-    where = _Place(text, start)
+        raise ValueError(f"{where.name}={where.text!r}: {reason}, at character {at}") from None
     return ast.unparse(node), where.method(node)
 
 
 class _Place:
     """Builds what a parsed expression says, and knows where in the text it stands."""
 
-    def __init__(self, text: str, start: int):
-        self.text, self.start = text, start
+    def __init__(self, text: str, start: int, known: Mapping[str, Callable], name: str):
+        self.text, self.start, self.known, self.name = text, start, known, name
 
-    def method(self, node: ast.expr) -> Chain:
+    def method(self, node: ast.expr) -> Any:
         call = node if isinstance(node, ast.Call) else None
         name = call.func if call else node
         if not isinstance(name, ast.Name):
             self.fail(node, "expected a method, such as snapkv(keep=0.25)")
-        if name.id not in METHODS:
-            near = difflib.get_close_matches(name.id, METHODS, 3, 0.4)
+        if name.id not in self.known:
+            near = difflib.get_close_matches(name.id, self.known, 3, 0.4)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            self.fail(name, f"unknown method {name.id!r}; {hint}Known: {', '.join(METHODS)}")
-        function = METHODS[name.id]
+            self.fail(name, f"unknown method {name.id!r}; {hint}Known: {', '.join(self.known)}")
+        function = self.known[name.id]
         allowed = list(inspect.signature(function).parameters)
         given: dict[str, Any] = {}
         for argument in call.args if call else ():
@@ -105,7 +110,7 @@ class _Place:
         try:
             return function(**given)
         except TypeError as error:  # a literal of a type that the method cannot compare
-            raise ValueError(f"methods={self.text!r}: {name.id}: {error}") from error
+            raise ValueError(f"{self.name}={self.text!r}: {name.id}: {error}") from error
 
     def value(self, node: ast.expr) -> Any:
         try:
@@ -115,4 +120,4 @@ class _Place:
 
     def fail(self, node: Any, message: str) -> None:
         at = self.start + node.col_offset + 1
-        raise ValueError(f"methods={self.text!r}: {message}, at character {at}")
+        raise ValueError(f"{self.name}={self.text!r}: {message}, at character {at}")

@@ -218,6 +218,11 @@ def generate(
         raise ValueError("generate: sampling needs key=jax.random.key(seed)")
     if new_tokens < 1:
         raise ValueError(f"new_tokens={new_tokens}: at least 1")
+    if model.config.bidirectional:
+        raise ValueError(
+            "generate: this model is bidirectional and does not predict the next token; use "
+            "kvjax.diffusion.generate"
+        )
     stop = model.config.eos if stop is None else tuple(stop)
     batch = logits.shape[0]
     _check_room(cache, new_tokens)

@@ -114,7 +114,8 @@ class Config:
 
     Attributes:
       family: Hugging Face `model_type` ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2",
-        "gemma3_text", "phi3"); names only how weights are stored, never read by the forward pass.
+        "gemma3_text", "phi3", "llada"); names only how weights are stored, never read by the
+        forward pass.
       width, mlp_width, layers, heads, kv_heads, head_dim: sizes D, F, L, Hq, H, d.
       norm_eps, norm_offset: RMSNorm epsilon; whether weights are stored as (w - 1) (Gemma).
       activation: "silu" or "gelu_tanh".
@@ -131,6 +132,7 @@ class Config:
       max_length: `max_position_embeddings`.
       bos, eos: token ids; `eos` may hold several.
       mask_token: token id that stands for an unknown token in masked-diffusion models, or None.
+      bidirectional: every token sees all others, as masked-diffusion models do.
     """
 
     vocab_size: int
@@ -162,6 +164,7 @@ class Config:
     bos: int | None = None
     eos: tuple[int, ...] = ()
     mask_token: int | None = None
+    bidirectional: bool = False
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

@@ -14,6 +14,7 @@ from kvjax.cache.attention import attend_new
 from kvjax.cache.cache import Cache, attend, commit, rope_of, span_of, start
 from kvjax.cache.types import KV, PHASES, New, Observation, Phase, Query, merge, rotate
 from kvjax.models.config import Config
+from kvjax.models.linear import linear
 from kvjax.models.llama import Layers, Model
 
 
@@ -24,7 +25,7 @@ def forward(
     cache: Cache | None = None,
     *,
     phase: Phase = "decode",
-    mask: Array | str = "causal",
+    mask: Array | str | None = None,
     embeddings: Array | None = None,
     logits: Array | str = "all",
     statistics: bool | None = None,
@@ -32,6 +33,7 @@ def forward(
     fold: bool = False,
     read: bool = True,
     differentiable: bool = False,
+    remat: bool = False,
 ) -> Any:
     """Runs new rows through the model, attending to the cache and to each other.
 
@@ -43,7 +45,7 @@ def forward(
       cache: what was committed before; None: nothing.
       phase: "prefill", "append", "decode" or "verify"; static.
       mask: which new rows a new row sees: "causal" (at its position and before), "full", or bool
-        [B or 1, T, T] (row, key).
+        [B or 1, T, T] (row, key); None: "full" where the model is bidirectional, else "causal".
       embeddings: [B, T, D] in place of tokens.
       logits: rows whose logits to return: "all", "last" (the valid row of highest position),
         "none", or int32 [B, K] row indices.
@@ -55,6 +57,7 @@ def forward(
         new keys and values exist at a time. Returns (logits, cache) in place of (logits, new).
       read: False: the cache is known to be empty (the first chunk of a prompt), do not read it.
       differentiable: attention loops of static length, for reverse-mode gradients.
+      remat: for these keep each layer's input only, and compute the rest again on the way back.
 
     Returns:
       (logits float32 [B, K, V] or None, new). Logits of padding rows are meaningless and finite.
@@ -62,6 +65,8 @@ def forward(
     config: Config = model.config
     if phase not in PHASES:
         raise ValueError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
+    if mask is None:
+        mask = "full" if config.bidirectional else "causal"
     if isinstance(mask, str) and mask not in ("causal", "full"):
         raise ValueError(f"mask={mask!r}: expected 'causal', 'full' or a bool array [B, T, T]")
     if (tokens is None) == (embeddings is None):
@@ -105,7 +110,7 @@ def forward(
             part = merge(part, held)
         out = part.out.astype(x.dtype)
         out = jnp.moveaxis(out, 1, 2).reshape(*x.shape[:2], -1)
-        out = _plus(out @ layer.o[...], layer.o_bias)
+        out = _linear(out, layer.o, layer.o_bias)
         if layer.post_attention_norm is not None:
             out = rms_norm(out, layer.post_attention_norm[...], config)
         x = x + out
@@ -125,7 +130,9 @@ def forward(
     indices = jnp.arange(config.layers, dtype=jnp.int32)
     own = _slices(cache) if fold else None
     (x, _), (out, inputs) = jax.lax.scan(
-        block, (x, carry), (model.layers, indices, rope, span, own)
+        jax.checkpoint(block, prevent_cse=False) if remat else block,
+        (x, carry),
+        (model.layers, indices, rope, span, own),
     )
     result = _logits(model, x, positions, logits)
     if fold:
@@ -148,23 +155,21 @@ def rms_norm(x: Array, weight: Array, config: Config) -> Array:
 
 def mlp(h: Array, layer: Layers, config: Config) -> Array:
     """The gated MLP of one layer, [..., D] -> [..., D]."""
-    gate = _plus(h @ layer.gate[...], layer.gate_bias)
+    gate = _linear(h, layer.gate, layer.gate_bias)
     silu = config.activation == "silu"
     gate = jax.nn.silu(gate) if silu else jax.nn.gelu(gate, approximate=True)
-    return _plus(
-        (gate * _plus(h @ layer.up[...], layer.up_bias)) @ layer.down[...], layer.down_bias
-    )
+    return _linear(gate * _linear(h, layer.up, layer.up_bias), layer.down, layer.down_bias)
 
 
-def _plus(x: Array, bias: Any) -> Array:
-    return x if bias is None else x + bias[...]
+def _linear(x: Array, weight: Any, bias: Any) -> Array:
+    return linear(x, weight[...], None if bias is None else bias[...])
 
 
 def _project(h: Array, layer: Layers, config: Config) -> tuple[Array, Array, Array]:
     """Queries [B, Hq, T, d], keys and values [B, H, T, d] of one layer, before rotation."""
 
     def heads(weight: Any, bias: Any, count: int) -> Array:
-        x = _plus(h @ weight[...], bias)
+        x = _linear(h, weight, bias)
         return x.reshape(*h.shape[:2], count, config.head_dim)
 
     q = heads(layer.q, layer.q_bias, config.heads)
@@ -193,14 +198,13 @@ def head(model: Model, x: Array) -> Array:
     """Logits float32 [B, T, V] of final hidden states [B, T, D]."""
     config = model.config
     x = rms_norm(x, model.norm[...], config)
+    weight = (model.embed if model.head is None else model.head)[...]
     flat = x.reshape(-1, x.shape[-1])
-    if model.head is not None:
-        out = jnp.matmul(flat, model.head[...], preferred_element_type=jnp.float32)
-    elif 1 < flat.shape[0] <= 16:
-        # The embedding first: on CPU this reads it about 1.5 times as fast for a few rows.
-        out = jnp.einsum("vd,rd->vr", model.embed[...], flat, preferred_element_type=jnp.float32).T
+    if 1 < flat.shape[0] <= 16:
+        # The matrix first: on CPU this reads it about 1.5 times as fast for a few rows.
+        out = jnp.einsum("vd,rd->vr", weight, flat, preferred_element_type=jnp.float32).T
     else:
-        out = jnp.matmul(flat, model.embed[...].T, preferred_element_type=jnp.float32)
+        out = jnp.matmul(flat, weight.T, preferred_element_type=jnp.float32)
     if config.final_softcap is not None:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
     return out.reshape(*x.shape[:-1], -1)

@@ -228,12 +228,10 @@ def _piece(file: GGUFFile, config: Config, name: str, layer: int) -> Piece:
     if config.family == "phi3" and stem in ("q", "k", "v"):
         q, kv = heads * d, kv_heads * d
         start = {"q": 0, "k": q, "v": q + kv}[stem]
-        return Piece(
-            tensor("attn_qkv.weight"), start, start + (q if stem == "q" else kv), None, True
-        )
+        return Piece(tensor("attn_qkv.weight"), start, start + (q if stem == "q" else kv))
     if config.family == "phi3" and stem in ("gate", "up"):
         start = 0 if stem == "gate" else config.mlp_width
-        return Piece(tensor("ffn_up.weight"), start, start + config.mlp_width, None, True)
+        return Piece(tensor("ffn_up.weight"), start, start + config.mlp_width)
     found = tensor(_NAMES[name])
     places = None
     if config.family == "llama" and stem in ("q", "k", "q_bias", "k_bias"):
@@ -241,7 +239,6 @@ def _piece(file: GGUFFile, config: Config, name: str, layer: int) -> Piece:
     return Piece(
         found,
         places=places,
-        transpose=len(found.shape) == 2 and name != "embed",
         # Gemma's norms are stored as the factor itself, ours as the factor less one.
         shift=-1.0 if config.norm_offset and stem.endswith("norm") else 0.0,
     )

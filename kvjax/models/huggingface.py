@@ -10,14 +10,18 @@ import jax.numpy as jnp
 from kvjax.models.config import Config
 from kvjax.models.errors import CheckpointError
 from kvjax.models.huggingface_config import parse_config
-from kvjax.models.huggingface_names import layer_names, single_names
+from kvjax.models.huggingface_names import layer_home, layer_names, single_names, stem
 from kvjax.models.json_file import read_json
 from kvjax.models.llama import Model, parameters
 from kvjax.models.safetensors_file import SafeTensor, open_folder
 from kvjax.models.weights import Piece, Sharding, assemble
 
 MAX_CONFIG = 2**22
-_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+# What may stand in place of `stem(family)`.
+_PREFIXES = {
+    "llada": ("model.transformer.", "transformer.", ""),
+    None: ("model.", "language_model.model.", "model.language_model.", ""),
+}
 _BESIDE = ("vision_tower.", "multi_modal_projector.", "vision_model.")  # of multimodal models
 
 
@@ -85,57 +89,59 @@ class _Names:
     def __init__(self, folder: pathlib.Path, config: Config, tensors: dict[str, SafeTensor]):
         self.folder, self.config, self.tensors = folder, config, tensors
         self.layer = layer_names(config.family)
-        for self.prefix in _PREFIXES:
-            if f"{self.prefix}embed_tokens.weight" in tensors:
+        self.single = single_names(config.family)
+        self.stem, self.home = stem(config.family), layer_home(config.family)
+        embed = self.single["embed"].removeprefix(self.stem)
+        for self.prefix in _PREFIXES.get(config.family, _PREFIXES[None]):
+            if self.prefix + embed in tensors:
                 break
         else:
-            raise CheckpointError(
-                f"{folder}: none of the {len(tensors)} tensors is an embed_tokens.weight"
-            )
+            raise CheckpointError(f"{folder}: none of the {len(tensors)} tensors is an {embed}")
 
     def full(self, name: str, layer: int) -> str:
         if name in self.layer:
-            return f"{self.prefix}layers.{layer}.{self.layer[name]}"
-        if name == "head":
-            nested = "language_model.lm_head.weight"
-            return nested if nested in self.tensors else "lm_head.weight"
-        return self.prefix + single_names()[name].removeprefix("model.")
+            return f"{self.prefix}{self.home}{layer}.{self.layer[name]}"
+        tensor = self.single[name]
+        if not tensor.startswith(self.stem):  # lm_head
+            nested = f"language_model.{tensor}"
+            return nested if nested in self.tensors else tensor
+        return self.prefix + tensor.removeprefix(self.stem)
 
     def piece(self, name: str, layer: int) -> Piece:
         full = self.full(name, layer)
         if full not in self.tensors:
-            hint = "; tie_word_embeddings is false" if name == "head" else ""
+            tying = "weight_tying" if self.config.family == "llada" else "tie_word_embeddings"
+            hint = f"; {tying} is false" if name == "head" else ""
             raise CheckpointError(
                 f"{self.folder}: tensor {full!r} is missing, but config.json calls for it{hint}"
             )
         tensor, config = self.tensors[full], self.config
-        stem = name.removeprefix("layers.")
+        short = name.removeprefix("layers.")
         start, stop = 0, None
-        if config.family == "phi3" and stem in ("q", "k", "v", "gate", "up"):
+        if config.family == "phi3" and short in ("q", "k", "v", "gate", "up"):
             q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
             width = config.mlp_width
             bounds = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
             bounds |= {"gate": (0, width), "up": (width, 2 * width)}
-            start, stop = bounds[stem]
-            rows = q + 2 * kv if stem in "qkv" else 2 * width
+            start, stop = bounds[short]
+            rows = q + 2 * kv if short in "qkv" else 2 * width
             if tensor.shape != (rows, config.width):
                 raise CheckpointError(
                     f"{self.folder}: tensor {full!r} has shape {tensor.shape}, but the "
                     f"configuration says {(rows, config.width)}"
                 )
-        turn = len(tensor.shape) == 2 and name != "embed"
-        return Piece(tensor, start, stop, transpose=turn)
+        return Piece(tensor, start, stop)
 
     def refuse_extra(self) -> None:
         """Tensors that nothing would read mean that the configuration is not theirs."""
-        used = {self.full(name, 0) for name in single_names()}
+        used = {self.full(name, 0) for name in self.single}
         wanted = {self.layer[name] for name in parameters(self.config) if name in self.layer}
         extra = []
         for name in self.tensors:
-            inner = name.removeprefix(f"{self.prefix}layers.")
-            number, _, stem = inner.partition(".")
+            inner = name.removeprefix(self.prefix + self.home)
+            number, _, rest = inner.partition(".")
             if inner != name and number.isdecimal() and int(number) < self.config.layers:
-                known = stem in wanted or stem == "self_attn.rotary_emb.inv_freq"
+                known = rest in wanted or rest == "self_attn.rotary_emb.inv_freq"
             else:
                 parts = name.removeprefix("model.")
                 known = name in used or parts.startswith(_BESIDE)

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvjax.models.config import Config, RopeConfig
 from kvjax.models.errors import CheckpointError
+from kvjax.models.huggingface_llada import llada_config
 
 _SILU_EPS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 _GEMMA = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "head_dim": 256}
@@ -77,8 +78,8 @@ def parse_config(values: dict, source: str = "config.json") -> Config:
     """A Config from the object in a config.json, of transformers 4 or 5.
 
     Raises:
-      CheckpointError: `model_type` is not one of `FAMILIES` (or "gemma3", whose text model is
-        taken); a key is missing, of the wrong type or out of range; or the model does something
+      CheckpointError: `model_type` is none of `FAMILIES`, "gemma3" (whose text model is taken) and
+        "llada"; a key is missing, of the wrong type or out of range; or the model does something
         that kvjax does not.
     """
     if values.get("quantization_config") is not None:
@@ -90,13 +91,15 @@ def parse_config(values: dict, source: str = "config.json") -> Config:
         outer = {k: values[k] for k in ("eos_token_id", "bos_token_id") if k in values}
         values = {**outer, **inner, "model_type": "gemma3_text"}
     family = values.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
+    if not isinstance(family, str) or family not in (*FAMILIES, "llada"):
+        known = ", ".join(FAMILIES)
         raise CheckpointError(
-            f"{source}: model_type is {family!r:.80}, expected one of {', '.join(FAMILIES)}, gemma3"
+            f"{source}: model_type is {family!r:.80}, expected one of {known}, gemma3, llada"
         )
-    read = _Reader(values, FAMILIES[family], source)
     try:
-        return _config(read, family)
+        if family == "llada":
+            return llada_config(_Reader(values, {}, source))
+        return _config(_Reader(values, FAMILIES[family], source), family)
     except CheckpointError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:

@@ -1,4 +1,4 @@
-"""Names of tensors in Hugging Face's Llama family."""
+"""Names of tensors in Hugging Face's Llama family and in LLaDA's folders."""
 
 from __future__ import annotations
 
@@ -37,16 +37,47 @@ _FUSED = {
     "layers.up": "mlp.gate_up_proj.weight",
 }
 
+# LLaDA: what gates is called ff_proj, what is gated up_proj.
+_LLADA = {
+    "layers.q": "q_proj.weight",
+    "layers.k": "k_proj.weight",
+    "layers.v": "v_proj.weight",
+    "layers.o": "attn_out.weight",
+    "layers.gate": "ff_proj.weight",
+    "layers.up": "up_proj.weight",
+    "layers.down": "ff_out.weight",
+    "layers.q_bias": "q_proj.bias",
+    "layers.k_bias": "k_proj.bias",
+    "layers.v_bias": "v_proj.bias",
+    "layers.attention_norm": "attn_norm.weight",
+    "layers.mlp_norm": "ff_norm.weight",
+}
+
 
 def layer_names(family: str) -> dict[str, str]:
     """Flat parameter name -> name within a layer; several may share one (Phi-3, in row order)."""
+    if family == "llada":
+        return _LLADA
     if family == "phi3":
         return _LAYER | _FUSED
     return _LAYER | _SANDWICH if family in ("gemma2", "gemma3_text") else _LAYER
 
 
-def single_names() -> dict[str, str]:
+def layer_home(family: str) -> str:
+    """What stands before a layer's number, below the `stem` of all names."""
+    return "blocks." if family == "llada" else "layers."
+
+
+def stem(family: str) -> str:
+    """What all names begin with, as Hugging Face writes them."""
+    return "model.transformer." if family == "llada" else "model."
+
+
+def single_names(family: str) -> dict[str, str]:
     """Flat parameter name -> full name, of the parameters outside layers."""
+    if family == "llada":
+        names = {"embed": "wte.weight", "norm": "ln_f.weight", "head": "ff_out.weight"}
+        return {name: stem(family) + tensor for name, tensor in names.items()}
     return {
         "embed": "model.embed_tokens.weight",
         "norm": "model.norm.weight",

@@ -1,4 +1,4 @@
-"""Writes a model as a Hugging Face folder that transformers (4 or 5) reads back."""
+"""Writes a model as a Hugging Face folder that transformers (4 or 5), or LLaDA's code, reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from kvjax.models.config import Config, RopeConfig
 from kvjax.models.errors import CheckpointError
-from kvjax.models.huggingface_names import layer_names, single_names
+from kvjax.models.huggingface_llada import llada_json
+from kvjax.models.huggingface_names import layer_home, layer_names, single_names, stem
 from kvjax.models.llama import Model, flatten
 from kvjax.models.safetensors_file import DTYPES
 from kvjax.models.tokenizer import Tokenizer
@@ -117,23 +118,22 @@ def _entries(config: Config, flat: dict[str, jax.Array]) -> Iterator[tuple]:
     def entry(hf_name: str, parts: list[tuple[str, int | None]]):
         def values() -> np.ndarray:
             arrays = [np.asarray(flat[n] if i is None else flat[n][i]) for n, i in parts]
-            turn = arrays[0].ndim == 2 and parts[0][0] != "embed"
-            return np.concatenate([a.T if turn else a for a in arrays])
+            return np.concatenate(arrays)
 
         shapes = [flat[n].shape[0 if i is None else 1 :] for n, i in parts]
-        if len(shapes[0]) == 2 and parts[0][0] != "embed":
-            shapes = [shape[::-1] for shape in shapes]
         shape = (sum(s[0] for s in shapes), *shapes[0][1:])
         return hf_name, np.dtype(flat[parts[0][0]].dtype), shape, values
 
-    for name, hf_name in single_names().items():
+    family = config.family
+    for name, hf_name in single_names(family).items():
         if name in flat:
             yield entry(hf_name, [(name, None)])
     for layer in range(config.layers):
         fused: dict[str, list] = {}
-        for name, stem in layer_names(config.family).items():
+        home = f"{stem(family)}{layer_home(family)}{layer}."
+        for name, tensor in layer_names(family).items():
             if name in flat:
-                fused.setdefault(f"model.layers.{layer}.{stem}", []).append((name, layer))
+                fused.setdefault(home + tensor, []).append((name, layer))
         for hf_name, parts in fused.items():
             yield entry(hf_name, parts)
 
@@ -143,6 +143,8 @@ def _eos(config: Config) -> int | list[int] | None:
 
 
 def _config_json(config: Config, flat: dict[str, jax.Array]) -> dict:
+    if config.family == "llada":
+        return llada_json(config, str(flat["embed"].dtype), _eos(config))
     gemma = config.family.startswith("gemma")
     window = next((w for w in config.windows if w is not None), None)
     found = {

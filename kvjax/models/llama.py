@@ -14,15 +14,15 @@ from flax import nnx
 from kvjax.models.config import Config
 
 # name -> (shape as a function of the config, logical axes, present?)
-# Weights multiply from the right: x @ w, so [in, out].
+# Matrices are [out, in], as checkpoints have them; see `linear`.
 _LAYER = {
-    "q": (lambda c: (c.width, c.heads * c.head_dim), ("embed", "heads"), lambda c: True),
-    "k": (lambda c: (c.width, c.kv_heads * c.head_dim), ("embed", "kv_heads"), lambda c: True),
-    "v": (lambda c: (c.width, c.kv_heads * c.head_dim), ("embed", "kv_heads"), lambda c: True),
-    "o": (lambda c: (c.heads * c.head_dim, c.width), ("heads", "embed"), lambda c: True),
-    "gate": (lambda c: (c.width, c.mlp_width), ("embed", "mlp"), lambda c: True),
-    "up": (lambda c: (c.width, c.mlp_width), ("embed", "mlp"), lambda c: True),
-    "down": (lambda c: (c.mlp_width, c.width), ("mlp", "embed"), lambda c: True),
+    "q": (lambda c: (c.heads * c.head_dim, c.width), ("heads", "embed"), lambda c: True),
+    "k": (lambda c: (c.kv_heads * c.head_dim, c.width), ("kv_heads", "embed"), lambda c: True),
+    "v": (lambda c: (c.kv_heads * c.head_dim, c.width), ("kv_heads", "embed"), lambda c: True),
+    "o": (lambda c: (c.width, c.heads * c.head_dim), ("embed", "heads"), lambda c: True),
+    "gate": (lambda c: (c.mlp_width, c.width), ("mlp", "embed"), lambda c: True),
+    "up": (lambda c: (c.mlp_width, c.width), ("mlp", "embed"), lambda c: True),
+    "down": (lambda c: (c.width, c.mlp_width), ("embed", "mlp"), lambda c: True),
     "q_bias": (lambda c: (c.heads * c.head_dim,), ("heads",), lambda c: c.qkv_bias),
     "k_bias": (lambda c: (c.kv_heads * c.head_dim,), ("kv_heads",), lambda c: c.qkv_bias),
     "v_bias": (lambda c: (c.kv_heads * c.head_dim,), ("kv_heads",), lambda c: c.qkv_bias),
@@ -49,7 +49,7 @@ class Layers(nnx.Module):
 
 
 class Model(nnx.Module):
-    """A decoder: `embed` [V, D], `layers`, `norm` [D], `head` [D, V] or None when tied."""
+    """A decoder: `embed` [V, D], `layers`, `norm` [D], `head` [V, D] or None when tied."""
 
     def __init__(self, config: Config, params: Mapping[str, jax.Array]):
         """Args:
@@ -87,7 +87,7 @@ def parameters(config: Config) -> dict[str, tuple[tuple[int, ...], tuple[str | N
         "norm": ((config.width,), ("embed",)),
     }
     if not config.tied:
-        table["head"] = ((config.width, config.vocab_size), ("embed", "vocab"))
+        table["head"] = ((config.vocab_size, config.width), ("vocab", "embed"))
     for name, (shape, axes, present) in _LAYER.items():
         if present(config):
             table[f"layers.{name}"] = ((config.layers, *shape(config)), ("layers", *axes))
@@ -114,9 +114,8 @@ def init(config: Config, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Mode
         elif name.endswith("bias"):
             params[name] = jnp.zeros(shape, dtype)
         else:
-            fan_in = shape[-1] if name == "embed" else shape[-2]
             noise = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
-            params[name] = (noise * fan_in**-0.5).astype(dtype)
+            params[name] = (noise * shape[-1] ** -0.5).astype(dtype)
     return Model(config, params)
 
 
@@ -124,9 +123,9 @@ def axes_of(name: str) -> tuple[str | None, ...]:
     """Logical axis names of one parameter, by its flat name alone.
 
     >>> axes_of("layers.q"), axes_of("head")
-    (('layers', 'embed', 'heads'), ('embed', 'vocab'))
+    (('layers', 'heads', 'embed'), ('vocab', 'embed'))
     """
-    whole = {"embed": ("vocab", "embed"), "norm": ("embed",), "head": ("embed", "vocab")}
+    whole = {"embed": ("vocab", "embed"), "norm": ("embed",), "head": ("vocab", "embed")}
     return whole[name] if name in whole else ("layers", *_LAYER[name.removeprefix("layers.")][1])
 
 

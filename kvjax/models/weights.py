@@ -44,7 +44,6 @@ class Piece:
       tensor: the tensor, [rows, ...].
       start, stop: its rows that belong to the parameter; None: to the end.
       places: row `start + i` of the tensor is row places[i] of the parameter; None: row i.
-      transpose: the file has [out, in], the parameter [in, out].
       shift: added to every value (GGUF stores Gemma's norms as 1 + w).
     """
 
@@ -52,15 +51,13 @@ class Piece:
     start: int = 0
     stop: int | None = None
     places: np.ndarray | None = None
-    transpose: bool = False
     shift: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The parameter's shape, one layer of it."""
         first, *rest = self.tensor.shape
-        shape = (min(first if self.stop is None else self.stop, first) - self.start, *rest)
-        return shape[::-1] if self.transpose else shape
+        return (min(first if self.stop is None else self.stop, first) - self.start, *rest)
 
 
 def assemble(
@@ -191,11 +188,9 @@ def _read_block(pieces, name, shape, index, dtype, check_finite, source) -> np.n
 
 def _fill(out: np.ndarray, piece: Piece, bounds: list[tuple[int, int]]) -> None:
     """Writes the part `bounds` of a piece (in the parameter's axes) into `out`."""
-    if piece.transpose:
-        out, bounds = out.T, bounds[::-1]
     (low, high), *rest = bounds
     columns = tuple(slice(*part) for part in rest)
-    total = piece.shape[-1 if piece.transpose else 0]
+    total = piece.shape[0]
     step = max(1, CHUNK_BYTES // (4 * math.prod(piece.tensor.shape[1:]) or 1))
     first, last = (low, high) if piece.places is None else (0, total)
     for start in range(first, last, step):

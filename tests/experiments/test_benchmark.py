@@ -21,7 +21,8 @@ kivi = b.kivi
 b.kivi = lambda bits: kivi(bits, group=8, residual=16)  # the heads of the tiny model are narrow
 model, _ = load(sys.argv[1], tokenizer=False)
 rate = object.__new__(b.Bandwidth)
-rate.best, rate.measure = 1e9, lambda: order.append("bandwidth")
+rates = iter([10.0, 20.0, 5.0, 40.0])
+rate.measure = lambda: order.append("bandwidth") or next(rates)
 order = []
 def timed(name, seconds):
     seconds = iter(seconds)
@@ -36,6 +37,7 @@ results = common.Results(sys.argv[2], {"model": "tiny"}, key="case")
 b.compile_part(model, results)
 print(json.dumps({
     "order": order, "seconds": seconds, "ratio": b.ratio(seconds, "slow", "fast"),
+    "roofline": b.of_roofline(seconds, "fast", 10),
     "timing": b.timing("t", [0.2, 0.1, 0.5], 4),
     "weights": whole, "parameters": sum(x.nbytes for x in b.flatten(model).values()),
     "read": b.read_bytes(model, case, 4), "decoded": decoded,
@@ -60,9 +62,12 @@ def found(tiny, tmp_path_factory) -> dict:
 
 
 def test_rounds_are_interleaved(found):
-    assert found["order"] == ["slow", "fast", "bandwidth"] * 3
-    assert found["seconds"] == {"slow": [3, 8, 2], "fast": [1, 2, 2]}
+    assert found["order"] == ["bandwidth", *["slow", "fast", "bandwidth"] * 3]
+    assert found["seconds"] == {
+        "slow": [3, 8, 2], "fast": [1, 2, 2], "bandwidth": [20, 20, 40]
+    }  # fmt: skip
     assert found["ratio"] == 3  # the median of 3, 4, 1, not 3 / 2 of the medians
+    assert found["roofline"] == 0.25  # the median of 10 / 20, 10 / 40, 10 / 80
 
 
 def test_timing(found):

@@ -1,4 +1,5 @@
-"""Logits of transformers for a tiny random model of every family, and how to use them.
+"""Logits of transformers (of plain torch where it has no such family: LLaDA) for a tiny random
+model of every family, and how to use them.
 
     for path in golden.cases():
         case = golden.load_case(path, tmp_path)      # writes a Hugging Face folder
@@ -119,11 +120,11 @@ def draw(shapes: dict[str, list[int]], seed: int, model_type: str) -> dict[str, 
         shape = tuple(shapes[name])
         unit = (bits.random_raw(int(np.prod(shape))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         noise = ((unit - 0.5) * np.sqrt(12.0)).reshape(shape)
-        if "norm" in name:
+        if "norm" in name or "ln_f" in name:
             value = 0.2 * noise + (0.0 if model_type.startswith("gemma") else 1.0)
         elif name.endswith("bias"):
             value = 0.2 * noise
-        elif "embed_tokens" in name:
+        elif "embed_tokens" in name or "wte" in name:
             value = noise
         else:
             value = noise * shape[-1] ** -0.5

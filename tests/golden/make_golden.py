@@ -2,8 +2,9 @@
 
 python -m tests.golden.make_golden [name ...]
 
-The reference is a full forward pass over one unpadded row without a cache. The script also runs
-transformers as it would be used (padded batch, cached decoding) and stops if the two disagree.
+The reference is a full forward pass over one unpadded row without a cache: of transformers, or,
+for LLaDA, of `llada` below. The script also runs transformers as it would be used (padded batch,
+cached decoding) and stops if the two disagree.
 """
 
 from __future__ import annotations
@@ -133,9 +134,47 @@ CASES = {
     },
 }
 
+_LLADA = {
+    "model_type": "llada",
+    "block_type": "llama",
+    "activation_type": "silu",
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "rope": True,
+    "rope_full_precision": True,
+    "alibi": False,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
+    "vocab_size": 96,
+    "embedding_size": 96,
+    "d_model": 32,
+    "mlp_hidden_size": 48,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_sequence_length": 64,
+    "weight_tying": False,
+    "mask_token_id": 95,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+LLADA = {
+    "llada": {},
+    "llada_grouped": {"n_kv_heads": 2, "weight_tying": True, "include_qkv_bias": True},
+}
+
 
 def main(names: list[str]) -> None:
     torch.manual_seed(0)
+    for number, (name, changes) in enumerate(LLADA.items()):
+        if not names or name in names:
+            make_llada(name, _LLADA | changes, seed=2000 + number)
     for number, (name, changes) in enumerate(CASES.items()):
         if not names or name in names:
             make(name, _BASE | changes, seed=1000 + number)
@@ -200,6 +239,95 @@ def make(name: str, config: dict, seed: int) -> None:
         print(
             f"{name}: {(golden.HERE / f'{name}.npz').stat().st_size} bytes, logits std {spread:.2f}"
         )
+
+
+def make_llada(name: str, config: dict, seed: int) -> None:
+    """The same for LLaDA, which transformers does not have: `llada` below is the reference."""
+    width, inner, groups = config["d_model"], config["mlp_hidden_size"], config["n_kv_heads"]
+    narrow = width // config["n_heads"] * groups
+    block = {
+        "attn_norm.weight": [width],
+        "ff_norm.weight": [width],
+        "q_proj.weight": [width, width],
+        "k_proj.weight": [narrow, width],
+        "v_proj.weight": [narrow, width],
+        "attn_out.weight": [width, width],
+        "ff_proj.weight": [inner, width],
+        "up_proj.weight": [inner, width],
+        "ff_out.weight": [width, inner],
+    }
+    if config["include_qkv_bias"]:
+        block |= {"q_proj.bias": [width], "k_proj.bias": [narrow], "v_proj.bias": [narrow]}
+    stem = "model.transformer."
+    shapes = {f"{stem}wte.weight": [config["vocab_size"], width], f"{stem}ln_f.weight": [width]}
+    if not config["weight_tying"]:
+        shapes[f"{stem}ff_out.weight"] = [config["vocab_size"], width]
+    for layer in range(config["n_layers"]):
+        shapes |= {f"{stem}blocks.{layer}.{key}": shape for key, shape in block.items()}
+    weights = golden.draw(shapes, seed, "llada")
+    tensors = {key.removeprefix(stem): torch.tensor(value) for key, value in weights.items()}
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(4, config["vocab_size"], n) for n in LENGTHS]
+    for row in rows:
+        row[::3] = config["mask_token_id"]
+    logits = [llada(config, tensors, torch.tensor(row)).numpy() for row in rows]
+    tokens = np.zeros((2, max(LENGTHS)), np.int32)
+    padded = np.zeros((2, max(LENGTHS), config["vocab_size"]), np.float32)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)], padded[b, : len(row)] = row, logits[b]
+    path = golden.HERE / f"{name}.npz"
+    np.savez_compressed(
+        path,
+        config=json.dumps(config),
+        config_v5=json.dumps(config),
+        shapes=json.dumps(shapes),
+        seed=seed,
+        digest=golden.digest(weights),
+        lengths=np.array(LENGTHS, np.int32),
+        length=max(LENGTHS),
+        tokens=tokens,
+        logits=padded,
+        decode_tokens=np.zeros((2, 0), np.int32),
+        decode_logits=np.zeros((2, 0, config["vocab_size"]), np.float32),
+        versions=json.dumps([torch.__version__]),
+    )
+    print(f"{name}: {path.stat().st_size} bytes, logits std {float(np.std(logits[0])):.2f}")
+
+
+def llada(config: dict, w: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+    """Logits [T, V] of one row: a Llama block stack in which every token sees every other."""
+    functional = torch.nn.functional
+    heads, width = config["n_heads"], config["d_model"] // config["n_heads"]
+    power = torch.arange(0, width, 2) / width
+    angle = torch.arange(len(row))[:, None] * config["rope_theta"] ** -power
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return functional.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return functional.rms_norm(x, x.shape[-1:], w[f"{name}.weight"], config["rms_norm_eps"])
+
+    def split(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, width)).transpose(0, 1)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.complex(*x.chunk(2, -1)) * turn  # channel i turns with channel i + width / 2
+        return torch.cat([pairs.real, pairs.imag], -1)
+
+    x = w["wte.weight"][row]
+    for layer in range(config["n_layers"]):
+        name = f"blocks.{layer}."
+        h = norm(x, name + "attn_norm")
+        q, k, v = (split(linear(h, f"{name}{n}_proj")) for n in "qkv")
+        q, k = rotate(q), rotate(k)
+        k, v = (y.repeat_interleave(heads // config["n_kv_heads"], 0) for y in (k, v))
+        h = functional.scaled_dot_product_attention(q, k, v)
+        x = x + linear(h.transpose(0, 1).flatten(1), name + "attn_out")
+        h = norm(x, name + "ff_norm")
+        h = functional.silu(linear(h, name + "ff_proj")) * linear(h, name + "up_proj")
+        x = x + linear(h, name + "ff_out")
+    return linear(norm(x, "ln_f"), "wte" if config["weight_tying"] else "ff_out")
 
 
 def _shapes(home: pathlib.Path) -> dict[str, list[int]]:

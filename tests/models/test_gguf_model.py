@@ -44,17 +44,16 @@ def convert(model) -> tuple[dict, dict]:
     norm = 1.0 if c.norm_offset else 0.0
     tensors = {"token_embd.weight": flat["embed"], "output_norm.weight": flat["norm"] + norm}
     if not c.tied:
-        tensors["output.weight"] = flat["head"].T
+        tensors["output.weight"] = flat["head"]
     for layer in range(c.layers):
         w = {k.removeprefix("layers."): v[layer] for k, v in flat.items() if "layers." in k}
         if arch == "phi3":
-            fused = [w.pop(n).T for n in "qkv"]
+            fused = [w.pop(n) for n in "qkv"]
             tensors[f"blk.{layer}.attn_qkv.weight"] = np.concatenate(fused)
-            fused = [w.pop(n).T for n in ("gate", "up")]
+            fused = [w.pop(n) for n in ("gate", "up")]
             tensors[f"blk.{layer}.ffn_up.weight"] = np.concatenate(fused)
         for name, array in w.items():
             stem = STEMS.get(name) or STEMS[name.removesuffix("_bias")].replace("weight", "bias")
-            array = array.T if array.ndim == 2 else array
             if arch == "llama" and name[:2] in ("q", "q_", "k", "k_"):
                 array = interleave(array, c.heads if name[0] == "q" else c.kv_heads)
             tensors[f"blk.{layer}.{stem}"] = array + (norm if "norm" in name else 0.0)

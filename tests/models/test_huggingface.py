@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from kvjax.models import CheckpointError, save_pretrained
+from kvjax.models import CheckpointError, Model, save_pretrained
 from kvjax.models import huggingface_write as write
 from kvjax.models.huggingface import load_config, load_pretrained
 from kvjax.models.huggingface_config import parse_config
@@ -224,6 +225,44 @@ def test_fused_weights_of_the_wrong_size(case):
 def test_configurations_that_are_refused(case, changes, match):
     edit(case.folder, **changes)
     refuse(case.folder, match)
+
+
+@pytest.mark.parametrize("case", ["llada"], indirect=True)
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"block_type": "sequential"}, "block_type is 'sequential', expected 'llama'"),
+        ({"activation_type": "swiglu"}, "activation_type"),
+        ({"layer_norm_type": "default"}, "layer_norm_type"),
+        ({"rope": ...}, "rope is None, expected True"),
+        ({"rope": 1}, "rope is 1"),
+        ({"alibi": True}, "alibi"),
+        ({"include_bias": True}, "include_bias"),
+        ({"attention_layer_norm": True}, "attention_layer_norm"),
+        ({"weight_tying": ...}, "weight_tying is None"),
+        ({"mask_token_id": ...}, "mask_token_id is None, expected a token id"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id"),
+        ({"n_heads": 5}, "n_heads is 5, expected a divisor"),
+        ({"n_kv_heads": 3}, "multiple of kv_heads"),
+        ({"mlp_hidden_size": None}, "mlp_hidden_size is None"),
+        ({"embedding_size": 128}, r"'embed', but the configuration says \(128, 32\)"),
+        ({"include_qkv_bias": True}, "q_proj.bias' is missing"),
+        ({"n_layers": 3}, "blocks.2.* is missing"),
+    ],
+)
+def test_llada_folders_that_are_refused(case, changes, match):
+    edit(case.folder, **changes)
+    refuse(case.folder, match)
+
+
+@pytest.mark.parametrize("case", ["llada"], indirect=True)
+def test_llada_is_bidirectional_and_has_a_mask(case, tmp_path):
+    model = load_pretrained(case.folder)
+    assert model.config.bidirectional and model.config.mask_token == 95
+    assert model.config.family == "llada" and not model.config.tied
+    odd = Model(dataclasses.replace(model.config, norm_offset=True), flatten(model))
+    with pytest.raises(ValueError, match="LLaDA folder cannot hold this model: norm_offset"):
+        save_pretrained(odd, tmp_path / "saved")
 
 
 def test_layer_types(case):

@@ -117,7 +117,7 @@ for sharding in (place, table, everywhere):
         assert value.sharding == (everywhere if sharding is everywhere else table[name])
         np.testing.assert_array_equal(value, flatten(plain)[name])
 q = flatten(load(sys.argv[1], sharding=place, tokenizer=False)[0])["layers.q"]
-assert q.addressable_shards[0].data.shape[-1] * 2 == q.shape[-1]
+assert q.addressable_shards[0].data.shape[1] * 2 == q.shape[1]
 """
 
 

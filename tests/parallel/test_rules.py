@@ -58,7 +58,7 @@ def test_what_does_not_divide_is_refused_or_replicated():
     # The longest run of mesh axes that divides: 6 over tensor=2, not over tensor x context = 8.
     assert rules.spec(("heads",), (6,), grid(tensor=2, context=4)) == P("tensor")
     with pytest.raises(ValueError, match=r"parameter 'layers.k'.* tensor=16"):
-        parameter_sharding(grid(tensor=16))("layers.k", (2, 32, 24))
+        parameter_sharding(grid(tensor=16))("layers.k", (2, 24, 32))
     with pytest.raises(ValueError, match="no axis 'expert'"):
         Rules().replace(mlp="expert").spec(("mlp",), (8,), mesh)
     with pytest.raises(ValueError, match="both 'batch' and 'mlp' over the mesh axis 'data'"):
