@@ -87,13 +87,15 @@ def forward(
         carry = start(cache, positions)
     windowed = any(w is not None and w < length for w in config.windows)
 
+    split = cache is not None and cache.layout is not None
+
     def block(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Any]:
         x, carry = state
         layer, index, rope, span, own = xs
         before = x
         h = rms_norm(x, layer.attention_norm[...], config)
-        q, k, v = _project(h, layer, config)
-        if cache is not None and cache.layout is not None:
+        q, k, v = _project(h, layer, config, split)
+        if split:
             q, k, v = cache.layout.heads(q, k, v)
         raw = q * config.scale
         turned = rotate(raw, positions[:, None], rope)
@@ -110,12 +112,12 @@ def forward(
             part = merge(part, held)
         out = part.out.astype(x.dtype)
         out = jnp.moveaxis(out, 1, 2).reshape(*x.shape[:2], -1)
-        out = _linear(out, layer.o, layer.o_bias)
+        out = _linear(out, layer.o, layer.o_bias, split)
         if layer.post_attention_norm is not None:
             out = rms_norm(out, layer.post_attention_norm[...], config)
         x = x + out
         h = rms_norm(x, layer.mlp_norm[...], config)
-        h = mlp(h, layer, config)
+        h = mlp(h, layer, config, split)
         if layer.post_mlp_norm is not None:
             h = rms_norm(h, layer.post_mlp_norm[...], config)
         x = x + h
@@ -153,23 +155,24 @@ def rms_norm(x: Array, weight: Array, config: Config) -> Array:
     return weight * wide.astype(x.dtype)
 
 
-def mlp(h: Array, layer: Layers, config: Config) -> Array:
+def mlp(h: Array, layer: Layers, config: Config, split: bool = False) -> Array:
     """The gated MLP of one layer, [..., D] -> [..., D]."""
-    gate = _linear(h, layer.gate, layer.gate_bias)
+    gate = _linear(h, layer.gate, layer.gate_bias, split)
     silu = config.activation == "silu"
     gate = jax.nn.silu(gate) if silu else jax.nn.gelu(gate, approximate=True)
-    return _linear(gate * _linear(h, layer.up, layer.up_bias), layer.down, layer.down_bias)
+    h = gate * _linear(h, layer.up, layer.up_bias, split)
+    return _linear(h, layer.down, layer.down_bias, split)
 
 
-def _linear(x: Array, weight: Any, bias: Any) -> Array:
-    return linear(x, weight[...], None if bias is None else bias[...])
+def _linear(x: Array, weight: Any, bias: Any, split: bool) -> Array:
+    return linear(x, weight[...], None if bias is None else bias[...], split)
 
 
-def _project(h: Array, layer: Layers, config: Config) -> tuple[Array, Array, Array]:
+def _project(h: Array, layer: Layers, config: Config, split: bool) -> tuple[Array, Array, Array]:
     """Queries [B, Hq, T, d], keys and values [B, H, T, d] of one layer, before rotation."""
 
     def heads(weight: Any, bias: Any, count: int) -> Array:
-        x = _linear(h, weight, bias)
+        x = _linear(h, weight, bias, split)
         return x.reshape(*h.shape[:2], count, config.head_dim)
 
     q = heads(layer.q, layer.q_bias, config.heads)
