@@ -10,6 +10,7 @@ import jax
 from kvjax.cache.cache import Cache
 from kvjax.cache.chain import Pending
 from kvjax.cache.paging import Pool
+from kvjax.cache.stages import Slots
 from kvjax.cache.store import Stored
 
 HELD = ("layers", "batch", "kv_heads", "slots")
@@ -40,9 +41,11 @@ def state_axes(own: Any) -> Any:
             held = held.replace(pos=pos, extra=extra, k=k, v=v, place=place)
         rings = _all((own.k_ring, own.v_ring), WINDOW)
         return held.replace(k_ring=rings[0], v_ring=rings[1], index=_all(own.index, PAGES))
+    if isinstance(own, Slots):
+        return _all(own, HELD)
     if getattr(own, "ndim", None) == 1:
         return _named(own, ("batch",))
-    return _all(own, HELD)
+    return _all(own, HELD[:2])  # of what other stages hold no more is known
 
 
 def logical_axes(cache: Cache) -> Cache:
@@ -50,7 +53,9 @@ def logical_axes(cache: Cache) -> Cache:
 
     Names: "layers", "batch", "kv_heads", "heads", "slots"; "window" for the few exact tokens
     before a store, "pages" for the index of a reader. Arrays of a pool have "pool" alone: its heads
-    lie in one run. Axes of size 1 (layers or heads that hold the same tokens) have none.
+    lie in one run. Axes of size 1 (layers or heads that hold the same tokens) have none. Only what
+    has "slots" may be split over devices that attend to parts of it: the buffers of exact stages, of
+    stores, and of a prompt that is not finished.
     """
     states = tuple(
         state_axes(s) if isinstance(s, Pending) else tuple(state_axes(own) for own in s)
