@@ -95,7 +95,7 @@ def test_slots_of_a_store_divide():
     codec = per_kv(k=quantize(2, axis="channel", group=16), v=quantize(2, axis="token", group=8))
     stage = store(codec, keys=Window(0, 32), values=Window(32, 1))
     spec = Spec(1, 1, 4, 4, 16, max_length=100, shards=3)
-    state = jax.eval_shape(stage.init, spec)
+    state = jax.eval_shape(lambda: stage.init(spec))
     assert state.pos.shape[-1] == 144  # 100 in whole units of 16 for each of 3
     for x in jax.tree.leaves((state.k, state.v)):
         assert x.shape[3] % 3 == 0 and 144 % x.shape[3] == 0
