@@ -26,6 +26,7 @@ class Commit:
       stats: statistics of the whole prompt by name; only in the bulk commit of `finish`.
       constants: arrays of the transform (calibration, codebooks, shared prefixes).
       softcap: of the model's attention logits.
+      layout: how the cache lies over devices (`kvjax.parallel.Layout`), or None; for writes.
     """
 
     phase: Phase
@@ -34,6 +35,7 @@ class Commit:
     stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     constants: Any = None
     softcap: float | None = None
+    layout: Any = None
 
     def rotated(self, kv: KV, unrotated: bool) -> Array:
         """The keys of `kv` [L, B, H, T, D], rotated at their positions."""

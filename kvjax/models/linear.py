@@ -13,18 +13,23 @@ CACHED = 4 * 2**20
 FUSED = 16 * 2**10
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+def linear(x: Array, weight: Array, bias: Array | None = None, split: bool = False) -> Array:
     """x [..., in] by weight [out, in] (plus bias [out]): [..., out], in x's dtype.
 
     On CPU a few rows are multiplied one by one: XLA then reads the matrix where it lies, in a
     stack of layers, while a matrix product would first copy it. (SmolLM2-135M, one row: 12 ms
-    against 22 for all layers.) Elsewhere this is one matrix product.
+    against 22 for all layers.) Elsewhere this is one matrix product; and where `split` says that
+    rows may lie on different devices, so that each multiplies its own.
     """
     flat = x.reshape(-1, x.shape[-1])
     size = flat.shape[-1] * flat.dtype.itemsize
-    single = size < FUSED and (
-        flat.shape[0] == 1
-        or (flat.shape[0] <= ROWS and weight.size * weight.dtype.itemsize <= CACHED)
+    single = (
+        not split
+        and size < FUSED
+        and (
+            flat.shape[0] == 1
+            or (flat.shape[0] <= ROWS and weight.size * weight.dtype.itemsize <= CACHED)
+        )
     )
     if single:
         out = jax.lax.platform_dependent(flat, weight, cpu=_row_by_row, default=_product)

@@ -1,0 +1,142 @@
+"""Meshes and rules: data, equal by value, with errors that name what does not fit."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from kvjax.cache import Partial, chain, init_cache, merge, merge_over, partial_attention, store
+from kvjax.models import Config, llama
+from kvjax.parallel import Layout, Rules, make_mesh, parse_mesh, shard, shardings
+from kvjax.parallel.rules import parameter_sharding
+
+CONFIG = Config(64, 32, 48, 2, 6, 3, 8)
+
+
+def grid(data=1, tensor=1, context=1):
+    """A mesh without devices: enough for rules."""
+    axes = ("data", "tensor", "context")
+    return AbstractMesh((data, tensor, context), axes, axis_types=(AxisType.Auto,) * 3)
+
+
+def test_mesh_from_text():
+    assert parse_mesh(" tensor=4, data=2 ") == {"data": 2, "tensor": 4, "context": 1}
+    for text in ("data", "data=0", "data=2,data=2", "model=2", "data=x", "data=-1"):
+        with pytest.raises(ValueError, match="axis=size"):
+            parse_mesh(text)
+    assert make_mesh("data=1").axis_names == ("data", "tensor", "context")
+    assert make_mesh() == make_mesh({"context": 1})
+    with pytest.raises(ValueError, match="grid of 4 devices, but there are 1"):
+        make_mesh("data=4")
+
+
+def test_rules_are_values():
+    rules = Rules().replace(mlp="tensor", slots=None)
+    assert rules == Rules().replace(slots=None).replace(mlp=("tensor",))
+    assert hash(rules) == hash(Rules().replace(slots=None, mlp="tensor"))
+    assert rules.of("slots") == () and rules.of(None) == () and rules.of("heads") != ()
+
+
+def test_specs():
+    mesh, rules = grid(2, 2, 2), Rules()
+    held = ("layers", "batch", "kv_heads", "slots", None)
+    assert rules.spec(held, (2, 4, 4, 64, 8), mesh) == P(None, "data", "tensor", "context")
+    assert rules.spec(("embed", "mlp"), (32, 48), mesh) == P(None, ("tensor", "context"))
+    assert rules.spec(held, (2, 1, 4, 64, 8), mesh) == P(None, None, "tensor", "context")
+    # Few slots may be replicated: the rules say so.
+    assert rules.spec(held, (2, 4, 4, 7, 8), mesh) == P(None, "data", "tensor")
+    assert rules.spec(held, (2, 4, 4, 64, 8), grid()) == P()
+
+
+def test_what_does_not_divide_is_refused_or_replicated():
+    mesh = grid(tensor=2)
+    with pytest.raises(ValueError, match=r"'kv_heads' of size 3 .* tensor=2 .*replicate"):
+        Rules().spec(("kv_heads",), (3,), mesh)
+    rules = Rules().replace(replicate=("kv_heads", "heads"))
+    assert rules.spec(("kv_heads",), (3,), mesh) == P()
+    # The longest run of mesh axes that divides: 6 over tensor=2, not over tensor x context = 8.
+    assert rules.spec(("heads",), (6,), grid(tensor=2, context=4)) == P("tensor")
+    with pytest.raises(ValueError, match=r"parameter 'layers.k'.* tensor=16"):
+        parameter_sharding(grid(tensor=16))("layers.k", (2, 24, 32))
+    with pytest.raises(ValueError, match="no axis 'expert'"):
+        Rules().replace(mlp="expert").spec(("mlp",), (8,), mesh)
+    with pytest.raises(ValueError, match="both 'batch' and 'mlp' over the mesh axis 'data'"):
+        Rules().replace(mlp="data").spec(("batch", "mlp"), (4, 4), grid(data=2))
+
+
+def test_every_parameter_has_a_sharding():
+    axes = llama.logical_axes(CONFIG)
+    shapes = {name: shape for name, (shape, _) in llama.parameters(CONFIG).items()}
+    assert all(llama.axes_of(name) == names for name, names in axes.items())
+    found = shardings(axes, shapes, make_mesh())
+    assert found.keys() == shapes.keys() and all(s.spec == P() for s in found.values())
+
+
+def test_sharding_on_one_device_changes_nothing():
+    mesh = make_mesh()
+    model = shard(llama.init(CONFIG, jax.random.key(0)), mesh)
+    assert model.layers.q[...].sharding.mesh == mesh
+    layout = Layout(mesh)
+    cache = init_cache(CONFIG, chain(store()), 1, 16, layout=layout)
+    plain = init_cache(CONFIG, chain(store()), 1, 16)
+    assert shard(plain, mesh).layout == layout == cache.layout
+    assert jax.tree.structure(shard(plain, mesh)) == jax.tree.structure(cache)
+    with pytest.raises(ValueError, match="expected a Model or a Cache"):
+        shard({}, mesh)
+
+
+def test_slots_of_a_store_divide():
+    """Every part of a token on one device: codes of keys and values, positions."""
+    from kvjax.cache import Window
+    from kvjax.cache.types import Spec
+    from kvjax.codecs import per_kv, quantize
+
+    codec = per_kv(k=quantize(2, axis="channel", group=16), v=quantize(2, axis="token", group=8))
+    stage = store(codec, keys=Window(0, 32), values=Window(32, 1))
+    spec = Spec(1, 1, 4, 4, 16, max_length=100, shards=3)
+    state = jax.eval_shape(lambda: stage.init(spec))
+    assert state.pos.shape[-1] == 144  # 100 in whole units of 16 for each of 3
+    for x in jax.tree.leaves((state.k, state.v)):
+        assert x.shape[3] % 3 == 0 and 144 % x.shape[3] == 0
+    with pytest.raises(ValueError, match="slots split over 2 devices, but the cache was made for"):
+        shard(init_cache(CONFIG, chain(store()), 1, 16), FAKE)
+
+
+class _Fake:
+    """A mesh of two, as far as `shard` looks before it refuses."""
+
+    shape = {"data": 1, "tensor": 1, "context": 2}  # noqa: RUF012
+    axis_names = ("data", "tensor", "context")
+
+
+FAKE = _Fake()
+
+
+def test_merge_over_devices_is_merge():
+    """On an axis of `vmap`, whose collectives are those of `shard_map`."""
+    logits = 30 * jax.random.normal(jax.random.key(0), (4, 2, 3, 5, 7))
+    mask = jax.random.bernoulli(jax.random.key(1), 0.5, logits.shape).at[2].set(False)
+    values = jax.random.normal(jax.random.key(2), (4, 7, 8))
+
+    def part(i: int) -> Partial:
+        return partial_attention(logits[i], mask[i], lambda p: p @ values[i])
+
+    parts = [part(i) for i in range(4)]
+    folded = parts[0]
+    for other in parts[1:]:
+        folded = merge(folded, other)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *parts)
+    over = jax.vmap(lambda p: merge_over(p, "i"), axis_name="i", out_axes=None)(stacked)
+    for a, b in zip(jax.tree.leaves(over), jax.tree.leaves(folded)):
+        assert jnp.array_equal(jnp.isneginf(a), jnp.isneginf(b))
+        assert jnp.allclose(a, b, rtol=2e-6, atol=2e-6)
+
+    nothing = jax.tree.map(lambda x: jnp.stack([x] * 4), Partial.identity((2, 3), 8))
+    over = jax.vmap(lambda p: merge_over(p, "i"), axis_name="i", out_axes=None)(nothing)
+    assert not over.out.any() and not over.sum.any() and jnp.isneginf(over.max).all()
+    grad = jax.grad(
+        lambda out: jax.vmap(lambda o, p: merge_over(Partial(o, p.max, p.sum), "i").out.sum(),
+                             axis_name="i")(out, stacked).sum()
+    )(stacked.out)  # fmt: skip
+    assert jnp.isfinite(grad).all()
