@@ -101,14 +101,15 @@ class Layout:
         only = tuple(rule for rule in self.rules.axes if rule[0] == "slots")
         return Rules(only, self.rules.replicate)
 
-    def _run(self, local: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        """`local(shard, ...)` on each context device; XLA goes on splitting the other axes."""
+    def _run(self, local: Callable, in_specs: Any, out_specs: Any, axes: Any) -> Callable:
+        """`local(shard, ...)` on each device of the mesh axes `axes`; XLA goes on splitting the
+        others."""
         run = jax.shard_map(
             lambda shard, *rest: local(shard[0], *rest),
             mesh=self.mesh,
             in_specs=(PartitionSpec(self.context), *in_specs),
             out_specs=out_specs,
-            axis_names=set(self.context),
+            axis_names=set(axes),
             check_vma=False,
         )
         return functools.partial(run, jnp.arange(self.shards, dtype=jnp.int32))
@@ -136,23 +137,27 @@ class Layout:
             part, carry = attend(state, layer, dataclasses.replace(query, shard=shard), carry)
             return merge_over(part, self.context), carry
 
-        run = self._run(local, (specs, whole, whole, whole), (whole, whole))
+        run = self._run(local, (specs, whole, whole, whole), (whole, whole), self.context)
         return run(state, layer, query, carry)
 
     def write(
         self, put: Callable[[Array, Array, Array], Array], x: Array, slot: Array, rows: Array
     ) -> Array:
-        """`put(x, slot, rows)`, see `put_rows`; where the slots of x are split, each device puts
-        the rows whose slots it holds."""
-        split = self._slots.spec((None, None, None, "slots"), x.shape[:4], self.mesh)
-        whole = PartitionSpec()
-        if split == whole:
-            return put(x, slot, rows)
+        """`put(x, slot, rows)`, see `put_rows`, each device into the part of x that it holds.
+
+        All mesh axes are taken by hand: of a scatter into an array that is split along several,
+        XLA's partitioner makes a gather, or fails where some are by hand and others are not.
+        """
+        names = ("layers", "batch", "kv_heads", "slots")
+        of = lambda x, n: self.rules.spec(names[:n], x.shape[:n], self.mesh)  # noqa: E731
+        split = of(x, 4)
 
         def local(shard: Array, x: Array, slot: Array, rows: Array) -> Array:
-            return put(x, slot - shard * x.shape[3], rows)
+            here = slot - shard * x.shape[3] if len(split) > 3 else slot
+            return put(x, here, rows)
 
-        return self._run(local, (split, whole, whole), split)(x, slot, rows)
+        specs = (split, of(slot, 3), of(rows, 3))
+        return self._run(local, specs, split, self.mesh.axis_names)(x, slot, rows)
 
 
 def shard(tree: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
