@@ -154,10 +154,11 @@ def forward(
         h = rms_norm(x.astype(dtype), layer.mixer_norm[...], config)
         # `own`: this layer's state where it is scanned, to be replaced; else it is read in place.
         mine = own if fold else one_layer(remembered, index if reading else 0)
-        h, rows = kind.mix(layer, h, holds.read(mine), valid, shared, config.norm_eps)
+        h, rows = kind.mix(layer, h, holds.read(mine), valid, shared, config.norm_eps, split)
         x = x + h
         if config.mlp_width:
-            x = x + mlp(rms_norm(x.astype(dtype), layer.mlp_norm[...], config), layer, config)
+            h = rms_norm(x.astype(dtype), layer.mlp_norm[...], config)
+            x = x + mlp(h, layer, config, split)
         if fold:
             first = lambda x: x[None]  # noqa: E731
             rows = holds.advance(jax.tree.map(first, own), jax.tree.map(first, rows), valid)

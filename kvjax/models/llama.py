@@ -161,16 +161,6 @@ def init(config: Config, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Mode
     return Model(config, params)
 
 
-def axes_of(name: str) -> tuple[str | None, ...]:
-    """Logical axis names of one parameter, by its flat name alone.
-
-    >>> axes_of("layers.q"), axes_of("head")
-    (('layers', 'heads', 'embed'), ('vocab', 'embed'))
-    """
-    whole = {"embed": ("vocab", "embed"), "norm": ("embed",), "head": ("vocab", "embed")}
-    return whole[name] if name in whole else ("layers", *_LAYER[name.removeprefix("layers.")][1])
-
-
 def logical_axes(config: Config) -> dict[str, tuple[str | None, ...]]:
     """Flat parameter name -> logical axis names, for mapping to a mesh by rules."""
     return {name: axes for name, (_, axes) in parameters(config).items()}

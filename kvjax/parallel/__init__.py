@@ -8,11 +8,12 @@ logits, cache = kvjax.prefill(model, tokens, method, new_tokens=64, layout=Layou
 from kvjax.parallel.context import Layout, replicated, shard
 from kvjax.parallel.distributed import agree, fail_together, fetch, init, is_main
 from kvjax.parallel.mesh import AXES, make_mesh, parse_mesh
-from kvjax.parallel.rules import Rules, parameter_sharding, shardings
+from kvjax.parallel.rules import ParameterSharding, Rules, parameter_sharding, shardings
 
 __all__ = [
     "AXES",
     "Layout",
+    "ParameterSharding",
     "Rules",
     "agree",
     "fail_together",

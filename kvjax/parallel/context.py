@@ -178,8 +178,8 @@ def shard(tree: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
 
     rules = Rules() if rules is None else rules
     if isinstance(tree, Model):
-        where = parameter_sharding(mesh, rules)
-        flat = {n: jax.device_put(x, where(n, x.shape)) for n, x in flatten(tree).items()}
+        where = parameter_sharding(mesh, rules).all(tree.config)
+        flat = {name: jax.device_put(x, where[name]) for name, x in flatten(tree).items()}
         return Model(tree.config, flat)
     if not isinstance(tree, Cache):
         raise ValueError(f"shard({type(tree).__name__}): expected a Model or a Cache")

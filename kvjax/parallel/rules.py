@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,13 +33,15 @@ class Rules:
     axes: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("batch", ("data",)),
         ("heads", ("tensor", "context")),
+        ("inner", ("tensor", "context")),
         ("kv_heads", ("tensor",)),
         ("mlp", ("tensor", "context")),
         ("slots", ("context",)),
         ("vocab", ("tensor", "context")),
     )
-    # A window of a few tokens is not worth splitting; stores make their slots divide.
-    replicate: tuple[str, ...] = ("slots",)
+    # A window of a few tokens is not worth splitting; stores make their slots divide. The inner
+    # width of a recurrent layer is several parts side by side, of sizes that seldom divide alike.
+    replicate: tuple[str, ...] = ("slots", "inner")
 
     def replace(
         self, replicate: tuple[str, ...] | None = None, **axes: str | tuple[str, ...] | None
@@ -135,18 +136,34 @@ def shardings(axes: Any, arrays: Any, mesh: Mesh, rules: Rules | None = None) ->
     return structure.unflatten([one(path, x, n) for (path, x), n in zip(paths, names)])
 
 
-def parameter_sharding(
-    mesh: Mesh, rules: Rules | None = None
-) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """(flat parameter name, shape) -> sharding; what `kvjax.load(..., sharding=...)` takes.
+@dataclasses.dataclass(frozen=True)
+class ParameterSharding:
+    """Where each parameter of a model goes: what `kvjax.load(..., sharding=...)` takes."""
 
-    The function raises ValueError, see `Rules.spec`.
+    mesh: Mesh
+    rules: Rules
+
+    def by_axes(self, name: str, shape: tuple[int, ...], axes: Names) -> NamedSharding:
+        """The sharding of one parameter, from its logical axis names.
+
+        Raises:
+          ValueError: see `Rules.spec`.
+        """
+        what = f"parameter {name!r}"
+        return NamedSharding(self.mesh, self.rules.spec(axes, shape, self.mesh, what))
+
+    def all(self, config: Any) -> dict[str, NamedSharding]:
+        """Flat parameter name -> sharding, for a model of that configuration."""
+        from kvjax.models.llama import parameters
+
+        return {name: self.by_axes(name, *found) for name, found in parameters(config).items()}
+
+
+def parameter_sharding(mesh: Mesh, rules: Rules | None = None) -> ParameterSharding:
+    """Where the parameters of any model go, whatever its kinds of layers:
+    `kvjax.load(name, sharding=parameter_sharding(mesh))`.
+
+    Args:
+      mesh: from `make_mesh`. rules: None: `Rules()`.
     """
-    from kvjax.models.llama import axes_of
-
-    rules = Rules() if rules is None else rules
-
-    def one(name: str, shape: tuple[int, ...]) -> NamedSharding:
-        return NamedSharding(mesh, rules.spec(axes_of(name), shape, mesh, f"parameter {name!r}"))
-
-    return one
+    return ParameterSharding(mesh, Rules() if rules is None else rules)

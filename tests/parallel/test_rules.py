@@ -6,12 +6,32 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from kvjax.cache import Partial, chain, init_cache, merge, merge_over, partial_attention, store
+from kvjax.cache import (
+    Partial,
+    adaptive,
+    by_position,
+    chain,
+    finish,
+    first,
+    init_cache,
+    merge,
+    merge_over,
+    partial_attention,
+    prune,
+    recent,
+    store,
+    window_attention,
+)
+from kvjax.codecs import quantize
 from kvjax.models import Config, llama
+from kvjax.models.mamba2 import Mamba2
 from kvjax.parallel import Layout, Rules, make_mesh, parse_mesh, shard, shardings
 from kvjax.parallel.rules import parameter_sharding
 
 CONFIG = Config(64, 32, 48, 2, 6, 3, 8)
+EVEN = Config(64, 32, 48, 2, 8, 4, 8)
+KIND = Mamba2(heads=4, head_dim=8, state_size=8, groups=2)
+HYBRID = Config(64, 32, 48, 4, 4, 4, 8, recurrence=KIND, recurrent_layers=(0, 2))
 
 
 def grid(data=1, tensor=1, context=1):
@@ -58,7 +78,7 @@ def test_what_does_not_divide_is_refused_or_replicated():
     # The longest run of mesh axes that divides: 6 over tensor=2, not over tensor x context = 8.
     assert rules.spec(("heads",), (6,), grid(tensor=2, context=4)) == P("tensor")
     with pytest.raises(ValueError, match=r"parameter 'layers.k'.* tensor=16"):
-        parameter_sharding(grid(tensor=16))("layers.k", (2, 24, 32))
+        parameter_sharding(grid(tensor=16)).all(CONFIG)
     with pytest.raises(ValueError, match="no axis 'expert'"):
         Rules().replace(mlp="expert").spec(("mlp",), (8,), mesh)
     with pytest.raises(ValueError, match="both 'batch' and 'mlp' over the mesh axis 'data'"):
@@ -68,9 +88,45 @@ def test_what_does_not_divide_is_refused_or_replicated():
 def test_every_parameter_has_a_sharding():
     axes = llama.logical_axes(CONFIG)
     shapes = {name: shape for name, (shape, _) in llama.parameters(CONFIG).items()}
-    assert all(llama.axes_of(name) == names for name, names in axes.items())
     found = shardings(axes, shapes, make_mesh())
     assert found.keys() == shapes.keys() and all(s.spec == P() for s in found.values())
+    assert parameter_sharding(make_mesh()).all(CONFIG) == found
+
+
+def test_weights_are_split_along_what_is_parallel():
+    """[out, in]: projections into heads and channels along their outputs, those back along their
+    inputs, so that one sum over devices follows each pair."""
+    both = ("tensor", "context")
+    specs = {n: s.spec for n, s in parameter_sharding(grid(2, 2, 1)).all(HYBRID).items()}
+    out, into = P(None, "tensor"), P(None, None, "tensor")
+    for name in ("q", "k", "v", "gate", "up"):
+        assert specs[f"layers.{name}"] == out
+    assert specs["layers.o"] == specs["layers.down"] == into
+    assert specs["embed"] == P("tensor") and specs["norm"] == P()
+    assert specs["recurrent.gate"] == out and specs["recurrent.down"] == into
+    assert specs["recurrent.A_log"] == out and specs["recurrent.out"] == into
+    # 2 x 32 + 2 x 2 x 8 + 4 = 100 outputs: into 2 parts, and of 4 x 2 parts into 4.
+    assert specs["recurrent.project"] == out
+    wide = parameter_sharding(grid(tensor=4, context=2), Rules().replace(heads="tensor"))
+    assert wide.all(HYBRID)["recurrent.project"].spec == out
+    assert wide.all(HYBRID)["recurrent.conv"].spec == P(None, both)
+
+
+def test_every_array_of_a_cache_has_a_sharding():
+    """Stores, windows, pools, pending prompts, recurrent state, slots by position."""
+    mesh = grid(2, 2, 2)
+    layout = Layout(mesh)
+    for config, method in (
+        (EVEN, chain(prune(keep=0.5, score=window_attention(4), budget=adaptive()), store())),
+        (EVEN, chain(first(4), recent(16), store(quantize(4)))),
+        (EVEN, by_position(32)),
+        (HYBRID, chain(store())),
+    ):
+        cache = init_cache(config, method, 2, 32, 16)
+        for held in (cache, jax.eval_shape(finish, cache)):
+            found = layout.shardings(held)
+            assert jax.tree.structure(found) == jax.tree.structure(held)
+            assert any("data" in s.spec for s in jax.tree.leaves(found.state))
 
 
 def test_sharding_on_one_device_changes_nothing():
@@ -90,7 +146,7 @@ def test_slots_of_a_store_divide():
     """Every part of a token on one device: codes of keys and values, positions."""
     from kvjax.cache import Window
     from kvjax.cache.types import Spec
-    from kvjax.codecs import per_kv, quantize
+    from kvjax.codecs import per_kv
 
     codec = per_kv(k=quantize(2, axis="channel", group=16), v=quantize(2, axis="token", group=8))
     stage = store(codec, keys=Window(0, 32), values=Window(32, 1))
