@@ -337,15 +337,15 @@ class Store(Stage):
             unit = (chosen * page - base)[..., None] // block + jnp.arange(each)
             return state.place.gather(x, layer, unit.reshape(*chosen.shape[:2], -1), block)
 
-        # No page (-1) begins before any slot; pages whose slots are elsewhere are read there.
-        there = jnp.repeat(_between(chosen * page, base, slots), page, -1)
+        # Pages whose slots are elsewhere are read there.
+        there = jnp.repeat(_at_hand(query, chosen >= 0, chosen * page, slots), page, -1)
         picked = part(read, there, q, rows)
         # The last, incomplete page is always read.
         token = (coded // page * page)[..., None] + jnp.arange(page)
         rest = lambda x, block: state.place.gather(  # noqa: E731
             x, layer, (token[..., ::block] - base) // block, block
         )
-        mask = (token < coded[..., None]) & _between(token, base, slots)
+        mask = _at_hand(query, token < coded[..., None], token, slots)
         return merge(picked, part(rest, mask, q, rows))
 
     @staticmethod
@@ -360,7 +360,7 @@ class Store(Stage):
         length = max(state.k_ring.shape[3], state.v_ring.shape[3])
         number = coded[..., None] + jnp.arange(length, dtype=jnp.int32)
         base, slots = _here(state, query)
-        mask = (number < seen[..., None]) & _between(number, base, slots)
+        mask = _at_hand(query, number < seen[..., None], number, slots)
         pos = state.place.gather(state.pos, layer, number - base)
         k = self._side(
             state, self.codec.k, self.keys, state.k, state.k_ring, layer, query, seen, number
@@ -433,8 +433,12 @@ def _here(state: Stored, query: Query) -> tuple[Array | int, int]:
     return query.base(slots), slots
 
 
-def _between(number: Array, base: Array | int, slots: int) -> Array:
-    return (number >= base) & (number < base + slots)
+def _at_hand(query: Query, mask: Array, number: Array, slots: int) -> Array:
+    """`mask` of tokens `number`, without those whose slots another device holds."""
+    if query.shard is None:
+        return mask
+    base = query.base(slots)
+    return mask & (number >= base) & (number < base + slots)
 
 
 def _fitting(window: Window, ring: Array) -> Window:
