@@ -136,13 +136,18 @@ def init_cache(
         first axis that of layers, or of size 1.
       recurrence: how the state of recurrent layers is held; None: as the model's layers say.
       kernels: "xla", "tpu", "gpu" or "interpret", see `Cache`; `kvjax.cache.kernels` says where
-        kernels apply.
+        kernels apply. On several devices only "xla".
       layout: `kvjax.parallel.Layout`, how the cache lies over the devices of a mesh.
 
     Raises:
       ValueError: sizes that do not fit each other, the model, the transform or the mesh.
     """
     check_kernels(kernels)
+    if kernels != "xla" and layout is not None and layout.mesh.size > 1:
+        raise ValueError(
+            f"kernels={kernels!r} on a mesh of {layout.mesh.size} devices: XLA cannot split a "
+            "kernel over them; expected 'xla'"
+        )
     if isinstance(transform, Stage):
         transform = chain(transform)
     if not isinstance(transform, Chain):

@@ -10,7 +10,7 @@ differ by rounding only. Kernels apply to
     "token", g)` values, not symmetric;
 
 and not to keys stored before rotation, other codecs, pools (heads of unlike budgets), readers,
-shared prefixes, stores split over devices, or where gradients are asked for.
+shared prefixes, or where gradients are asked for.
 """
 
 from __future__ import annotations
@@ -80,12 +80,7 @@ def attend_stored(
       Partial over the grouped rows, [B, H, G * T]; None: no kernel applies.
     """
     pair, spec, bias = stage.codec, state.spec, state.extra.get("bias")
-    if (
-        stage.reader is not None
-        or spec.unrotated
-        or spec.totals is not None
-        or query.shard is not None
-    ):
+    if stage.reader is not None or spec.unrotated or spec.totals is not None:
         return None
     if isinstance(pair.k, Dense) and isinstance(pair.v, Dense):
         held = KV(state.k, state.v, state.pos, state.extra)

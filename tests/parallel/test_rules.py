@@ -1,8 +1,11 @@
 """Meshes and rules: data, equal by value, with errors that name what does not fit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import Array
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -140,6 +143,8 @@ def test_sharding_on_one_device_changes_nothing():
     assert jax.tree.structure(shard(plain, mesh)) == jax.tree.structure(cache)
     with pytest.raises(ValueError, match="expected a Model or a Cache"):
         shard({}, mesh)
+    with pytest.raises(ValueError, match="kernels='tpu' on a mesh of 2 devices"):
+        init_cache(CONFIG, chain(store()), 1, 16, kernels="tpu", layout=Layout(grid(data=2)))
 
 
 def test_slots_of_a_store_divide():
@@ -178,21 +183,24 @@ def test_merge_over_devices_is_merge():
     def part(i: int) -> Partial:
         return partial_attention(logits[i], mask[i], lambda p: p @ values[i])
 
-    parts = [part(i) for i in range(4)]
-    folded = parts[0]
-    for other in parts[1:]:
-        folded = merge(folded, other)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *parts)
-    over = jax.vmap(lambda p: merge_over(p, "i"), axis_name="i", out_axes=None)(stacked)
+    @jax.jit
+    def both() -> tuple[Partial, Partial]:
+        parts = [part(i) for i in range(4)]
+        return functools.reduce(merge, parts), jax.tree.map(lambda *x: jnp.stack(x), *parts)
+
+    folded, stacked = both()
+    every = jax.jit(jax.vmap(lambda p: merge_over(p, "i"), axis_name="i", out_axes=None))
+    over = every(stacked)
     for a, b in zip(jax.tree.leaves(over), jax.tree.leaves(folded)):
         assert jnp.array_equal(jnp.isneginf(a), jnp.isneginf(b))
         assert jnp.allclose(a, b, rtol=2e-6, atol=2e-6)
 
     nothing = jax.tree.map(lambda x: jnp.stack([x] * 4), Partial.identity((2, 3), 8))
-    over = jax.vmap(lambda p: merge_over(p, "i"), axis_name="i", out_axes=None)(nothing)
+    over = every(nothing)
     assert not over.out.any() and not over.sum.any() and jnp.isneginf(over.max).all()
-    grad = jax.grad(
-        lambda out: jax.vmap(lambda o, p: merge_over(Partial(o, p.max, p.sum), "i").out.sum(),
-                             axis_name="i")(out, stacked).sum()
-    )(stacked.out)  # fmt: skip
-    assert jnp.isfinite(grad).all()
+
+    def total(out: Array) -> Array:
+        one = lambda o, p: merge_over(Partial(o, p.max, p.sum), "i").out.sum()  # noqa: E731
+        return jax.vmap(one, axis_name="i")(out, stacked).sum()
+
+    assert jnp.isfinite(jax.jit(jax.grad(total))(stacked.out)).all()
