@@ -9,6 +9,7 @@ One row, 131,072 tokens, bfloat16, on v5e:4x4 (16 chips of 16 GB): the real XLA 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -21,9 +22,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from kvjax.compress import parse
-from kvjax.models import Config
+from kvjax.models import Config, llama
 from kvjax.models.config import RopeConfig
-from kvjax.parallel import Layout, make_mesh
+from kvjax.parallel import Layout, make_mesh, parameter_sharding
 from tests.parallel.simulated import compiled_step, moved, shard_sizes
 
 ROPE = RopeConfig(5e5, "llama3", factor=8.0, original_length=8192, low_freq=1.0, high_freq=4.0)
@@ -31,6 +32,13 @@ LLAMA_70B = Config(
     128256, 8192, 28672, layers=80, heads=64, kv_heads=8, head_dim=128, rope=ROPE, tied=False,
     max_length=131072,
 )  # fmt: skip
+
+
+def weights(layout: Layout) -> int:
+    """Bytes of weights that each chip holds."""
+    where = parameter_sharding(layout.mesh, layout.rules).all(LLAMA_70B)
+    shapes = llama.parameters(LLAMA_70B)
+    return 2 * sum(math.prod(s.shard_shape(shapes[name][0])) for name, s in where.items())
 
 
 def main(method: str = "dense", mesh: str = "tensor=8,context=2") -> None:
@@ -49,6 +57,7 @@ def main(method: str = "dense", mesh: str = "tensor=8,context=2") -> None:
                 "mesh": mesh,
                 "seconds": time.perf_counter() - begin,
                 "arguments": memory.argument_size_in_bytes,
+                "weights": weights(layout),
                 "temporaries": memory.temp_size_in_bytes,
                 "alias": memory.alias_size_in_bytes,
                 "state": sum(n * x.dtype.itemsize for n, x in zip(sizes, jax.tree.leaves(moving))),

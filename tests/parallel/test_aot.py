@@ -28,8 +28,9 @@ def test_decode_step_of_70b_for_v5e_4x4(method):
     assert run.returncode == 0, run.stderr[-4000:]
     row = json.loads(run.stdout.splitlines()[-1])
     print(row)
-    weights = 70.55e9 * 2 / 16
-    assert row["arguments"] < 1.01 * (weights + row["state"])  # nothing large is replicated
+    # Nothing large is replicated: keys' and values' weights alone are whole along context.
+    assert row["weights"] < 1.02 * 70.55e9 * 2 / 16
+    assert row["arguments"] < row["weights"] + row["state"] + 2**20
     assert row["arguments"] + row["temporaries"] < 12e9  # of 16 GB
     assert row["temporaries"] < 2**24
     assert row["alias"] >= row["state"] - 2**16
