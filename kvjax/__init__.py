@@ -14,7 +14,7 @@ import importlib
 
 _MODULES = (
     "cache", "codecs", "compress", "data", "decode", "diffusion", "evaluate", "models",
-    "speculate", "train",
+    "parallel", "speculate", "train",
 )  # fmt: skip
 _HOMES = {
     "Cache": "cache",

@@ -55,6 +55,7 @@ from kvjax.cache.types import (
     Rope,
     Spec,
     merge,
+    merge_over,
     partial_attention,
     rotate,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "key_norm",
     "logical_axes",
     "merge",
+    "merge_over",
     "nbytes",
     "nearest",
     "newest_attention",

@@ -109,10 +109,11 @@ def attend_slots(
     Args:
       kv: k, v [L, B, H, N, D]. A column named "bias" is added to the logits.
       layer: int32 scalar.
-      used: int32 scalar or [B] (of each row), slots from there on are known to be empty.
+      used: int32 scalar or [B] (of each row), slots of the whole buffer from there on are known to
+        be empty.
       unrotated: keys are stored before rotation: rotate them at their positions here.
       q: use these queries [B, Hq, T, D] in place of `query.q`.
-      hidden: bool [B, N], held slots that must not be read (superseded by new rows).
+      hidden: bool [B, N], slots at hand that must not be read (superseded by new rows).
       pair: codecs of keys and values (`.k`, `.v`); None: the buffer is exact.
 
     Returns:
@@ -120,6 +121,8 @@ def attend_slots(
     """
     heads, slots = kv.lead[2], kv.size
     q = query.q if q is None else q
+    if used is not None:
+        used = jnp.clip(used - query.base(slots), 0, slots)
     if pair is None and not unrotated:
         held = kv
         if hidden is not None:

@@ -214,7 +214,7 @@ class Heavy(SlotStage):
 
         over = jax.tree.map(pick, out, dataclasses.replace(kv, pos=mypos))
         slot = buffer.after(slot, *jax.tree.leaves(out))
-        return buffer.put(held, jnp.where(enters, slot, -1), kv), over
+        return buffer.put(held, jnp.where(enters, slot, -1), kv, context.layout), over
 
     def _select(self, held: KV, kv: KV, context: Commit, unrotated: bool) -> tuple[KV, KV]:
         """Many new tokens: all compete anew."""

@@ -27,6 +27,7 @@ class Commit:
       constants: arrays of the transform (calibration, codebooks, shared prefixes).
       softcap: of the model's attention logits.
       last: what this stage passes on is forgotten, so it need not be read.
+      layout: how the cache lies over devices (`kvjax.parallel.Layout`), or None; for writes.
     """
 
     phase: Phase
@@ -36,6 +37,7 @@ class Commit:
     constants: Any = None
     softcap: float | None = None
     last: bool = False
+    layout: Any = None
 
     def rotated(self, kv: KV, unrotated: bool) -> Array:
         """The keys of `kv` [L, B, H, T, D], rotated at their positions."""

@@ -116,6 +116,10 @@ class Store(Stage):
             place = Rectangle.init(spec, min(room), self.unit)
             slots = [max(-(-r // self.unit) * self.unit, place.slots) for r in room]
             tokens = max(length, place.slots)
+            if spec.shards > 1:  # one split for all: a token's parts lie on one device
+                tokens = spec.slots(tokens, self.unit)
+                slots = [tokens if n else 0 for n in slots]
+                place = dataclasses.replace(place, slots=tokens if place.slots else 0)
         lead = place.lead(spec)
         k, v = (
             c.empty(lead, n, spec.width, spec.dtype) if n else ()
@@ -162,7 +166,8 @@ class Store(Stage):
         number = jnp.where(number < after[..., None], number, -1)
         pos = jnp.broadcast_to(kv.pos, (*seen.shape, kv.size))
         extra = {
-            name: place.write(x, number, buffer.column(kv, name)) for name, x in state.extra.items()
+            name: place.write(x, number, buffer.column(kv, name), layout=context.layout)
+            for name, x in state.extra.items()
         }
         k, k_ring = self._code(
             state, self.codec.k, self.keys, state.k, state.k_ring, kv.k, arrived, context
@@ -171,8 +176,8 @@ class Store(Stage):
             state, self.codec.v, self.values, state.v, state.v_ring, kv.v, arrived, context
         )
         state = state.replace(
-            seen=after, pos=place.write(state.pos, number, pos), extra=extra,
-            k=k, v=v, k_ring=k_ring, v_ring=v_ring,
+            seen=after, pos=place.write(state.pos, number, pos, layout=context.layout),
+            extra=extra, k=k, v=v, k_ring=k_ring, v_ring=v_ring,
         )  # fmt: skip
         if self.reader is not None:
             state = state.replace(index=self._note_pages(state, seen, kv, context))
@@ -199,7 +204,9 @@ class Store(Stage):
                 units = codec.encode(x, jnp.broadcast_to(valid, shape), None, constants)
                 # Only whole units leave a window, so a unit's first token speaks for it.
                 at = jnp.where(valid, number // codec.block, -1)[..., :: codec.block]
-                return jax.tree.map(lambda a, b: place.write(a, at, b, codec.block), code, units)
+                return jax.tree.map(
+                    lambda a, b: place.write(a, at, b, codec.block, context.layout), code, units
+                )
 
             if window.release > 1 and rows.shape[3] <= buffer.FEW:
                 code = jax.lax.cond(jnp.any(new > old), encode, lambda code: code, code)
@@ -292,7 +299,11 @@ class Store(Stage):
 
         rows, count = self._rows(query, q), query.pos.shape[1]
         if self.reader is None or count > buffer.FEW:
-            return state.place.fold(layer, query, q, rows, coded, part)
+            base, slots = _here(state, query)
+            slots = min(slots, state.place.slots)
+            if query.shard is not None:
+                coded = jnp.clip(coded - base, 0, slots)
+            return state.place.fold(layer, query, q, rows, coded, slots, part)
         if count == 1:
             return self._attend_pages(state, layer, query, q, rows, coded, part)
 
@@ -316,23 +327,26 @@ class Store(Stage):
     ) -> Partial:  # fmt: skip
         """In two phases: the reader names pages, and only those are gathered and decoded."""
         page = self.reader.page
+        base, slots = _here(state, query)
         index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
         chosen = self.reader.select(index, query, q, coded // page)
         chosen = jnp.broadcast_to(chosen, (*q.shape[:2], chosen.shape[-1]))
 
         def read(x: Array, block: int) -> Array:
             each = page // block
-            unit = jnp.maximum(chosen, 0)[..., None] * each + jnp.arange(each)
+            unit = (chosen * page - base)[..., None] // block + jnp.arange(each)
             return state.place.gather(x, layer, unit.reshape(*chosen.shape[:2], -1), block)
 
-        there = jnp.repeat(chosen >= 0, page, -1)
+        # Pages whose slots are elsewhere are read there.
+        there = jnp.repeat(_at_hand(query, chosen >= 0, chosen * page, slots), page, -1)
         picked = part(read, there, q, rows)
         # The last, incomplete page is always read.
         token = (coded // page * page)[..., None] + jnp.arange(page)
         rest = lambda x, block: state.place.gather(  # noqa: E731
-            x, layer, token[..., ::block] // block, block
+            x, layer, (token[..., ::block] - base) // block, block
         )
-        return merge(picked, part(rest, token < coded[..., None], q, rows))
+        mask = _at_hand(query, token < coded[..., None], token, slots)
+        return merge(picked, part(rest, mask, q, rows))
 
     @staticmethod
     def _rows(query: Query, q: Array) -> Array:
@@ -345,8 +359,9 @@ class Store(Stage):
         """Tokens of which the key or the value is still exact."""
         length = max(state.k_ring.shape[3], state.v_ring.shape[3])
         number = coded[..., None] + jnp.arange(length, dtype=jnp.int32)
-        mask = number < seen[..., None]
-        pos = state.place.gather(state.pos, layer, number)
+        base, slots = _here(state, query)
+        mask = _at_hand(query, number < seen[..., None], number, slots)
+        pos = state.place.gather(state.pos, layer, number - base)
         k = self._side(
             state, self.codec.k, self.keys, state.k, state.k_ring, layer, query, seen, number
         )
@@ -357,7 +372,8 @@ class Store(Stage):
             k = rotate(k, pos, query.rope)
         logits = query.cap(dot_keys(q, k))
         if "bias" in state.extra:
-            logits = logits + state.place.gather(state.extra["bias"], layer, number)[:, :, None]
+            bias = state.place.gather(state.extra["bias"], layer, number - base)
+            logits = logits + bias[:, :, None]
         seen_mask = _visible(query, pos, self._rows(query, q)) & mask[..., None, :]
         return partial_attention(logits, seen_mask, lambda p: dot_values(p, v))
 
@@ -368,13 +384,14 @@ class Store(Stage):
         """Exact or decoded values of arrivals `number` [B, H or 1, M] of one layer."""
         other = self.values if window is self.keys else self.keys
         window = _fitting(window, ring)
-        exact = None
+        exact, held = None, number >= window.left(seen)[..., None]
         if window.capacity:
-            held = per_layer(ring, layer)
-            exact = jnp.take_along_axis(held, (number % window.capacity)[..., None], 2)
+            own = per_layer(ring, layer)
+            exact = jnp.take_along_axis(own, (number % window.capacity)[..., None], 2)
             if not jax.tree.leaves(code) or window == other:
                 return exact
         block = codec.block
+        number = number - _here(state, query)[0]
         first = number[..., :1] // block
         count = -(-number.shape[-1] // block) + (1 if block > 1 else 0)
         units = first + jnp.arange(count)
@@ -384,7 +401,7 @@ class Store(Stage):
         decoded = jnp.take_along_axis(decoded, (number - first * block)[..., None], 2)
         if exact is None:
             return decoded
-        return jnp.where((number >= window.left(seen)[..., None])[..., None], exact, decoded)
+        return jnp.where(held[..., None], exact, decoded)
 
     def held(self, state: Stored) -> Array:
         return most(state.seen)
@@ -408,6 +425,20 @@ class Store(Stage):
             first = jnp.where(jnp.any(turns, -1), jnp.argmax(turns, -1) + 1, more[-1])
             reach = jnp.minimum(reach, least(first))
         return reach, True
+
+
+def _here(state: Stored, query: Query) -> tuple[Array | int, int]:
+    """(first, count): which of a rectangle's token slots are at hand; the others are elsewhere."""
+    slots = state.pos.shape[-1]
+    return query.base(slots), slots
+
+
+def _at_hand(query: Query, mask: Array, number: Array, slots: int) -> Array:
+    """`mask` of tokens `number`, without those whose slots another device holds."""
+    if query.shard is None:
+        return mask
+    base = query.base(slots)
+    return mask & (number >= base) & (number < base + slots)
 
 
 def _fitting(window: Window, ring: Array) -> Window:

@@ -81,6 +81,11 @@ class Partial:
         """log sum exp of the logits, [B, Hq, T]; -inf where no key was seen."""
         return self.max + jnp.log(self.sum)
 
+    def weight(self, top: Array) -> Array:
+        """The sum of exp(logit - top): what this part weighs beside others, top the largest."""
+        safe = jnp.where(jnp.isneginf(top), 0.0, top)
+        return self.sum * jnp.exp(self.max - safe)
+
     @staticmethod
     def identity(shape: tuple[int, ...], width: int) -> Partial:
         """Attention over no key. `shape` is that of max and sum, `width` the value size."""
@@ -104,12 +109,23 @@ def merge(a: Partial, b: Partial) -> Partial:
     True
     """
     top = jnp.maximum(a.max, b.max)
-    safe = jnp.where(jnp.isneginf(top), 0.0, top)
-    wa, wb = a.sum * jnp.exp(a.max - safe), b.sum * jnp.exp(b.max - safe)
+    wa, wb = a.weight(top), b.weight(top)
     total = wa + wb
     whole = jnp.where(total > 0, total, 1.0)  # w / w is exactly 1: the identity changes no bit
     out = a.out * (wa / whole)[..., None] + b.out * (wb / whole)[..., None]
     return Partial(out, top, total)
+
+
+def merge_over(part: Partial, axis: str | tuple[str, ...]) -> Partial:
+    """`merge` of the partials of all devices along mesh axes, on each of them.
+
+    For use inside `shard_map`: the same formula, with its maximum and its sums over devices.
+    """
+    top = jax.lax.pmax(jax.lax.stop_gradient(part.max), axis)
+    weight = part.weight(top)
+    total = jax.lax.psum(weight, axis)
+    whole = jnp.where(total > 0, total, 1.0)
+    return Partial(jax.lax.psum(part.out * (weight / whole)[..., None], axis), top, total)
 
 
 def partial_attention(logits: Array, mask: Array | None, mix: Any) -> Partial:
@@ -169,7 +185,7 @@ def rotate(x: Array, pos: Array, rope: Rope, inverse: bool = False) -> Array:
     return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], -1)
 
 
-@pytree("softcap", "window", "differentiable", "kernels")
+@pytree("softcap", "window", "differentiable", "kernels", "layout")
 class Query:
     """What one layer asks of the cache.
 
@@ -186,6 +202,8 @@ class Query:
       window: whether any layer has a sliding window.
       differentiable: loop a static number of times, so that reverse-mode gradients exist.
       kernels: which implementation attends to held tokens; see `Cache`.
+      layout: how the cache lies over devices (`kvjax.parallel.Layout`), or None.
+      shard: int32 scalar where the stage is given one of several equal runs of its slots: which.
     """
 
     q: Array
@@ -199,6 +217,12 @@ class Query:
     window: bool = False
     differentiable: bool = False
     kernels: str = "xla"
+    layout: Any = None
+    shard: Array | None = None
+
+    def base(self, slots: int) -> Array | int:
+        """Number of the first slot of a buffer of which `slots` are at hand: 0 unless split."""
+        return 0 if self.shard is None else self.shard * slots
 
     def grouped(self, q: Array, heads: int) -> Array:
         """[B, Hq, T, D] -> [B, H, G * T, D]: the query heads that share a key-value head."""
@@ -289,6 +313,8 @@ class Spec:
       unrotated: whether keys arrive before rotary rotation.
       totals: where heads hold different numbers of tokens: per layer, the prompt tokens of all
         heads together (per batch row); None: every head holds as many.
+      shards: into how many equal runs, on different devices, slots are to be split. Buffers whose
+        size is free are made a multiple of it.
     """
 
     layers: int
@@ -305,6 +331,12 @@ class Spec:
     per_head: bool = False
     unrotated: bool = False
     totals: tuple[int, ...] | None = None
+    shards: int = 1
+
+    def slots(self, tokens: int, unit: int = 1) -> int:
+        """Slots for `tokens` tokens that split into `shards` equal runs of whole units."""
+        step = unit * self.shards
+        return -(-tokens // step) * step
 
     def replace(self, **changes: Any) -> Spec:
         return dataclasses.replace(self, **changes)
