@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from experiments import common, report
 from experiments.common import setting, settings
 from kvjax import cache as kv
+from kvjax.calibrate import find
 from kvjax.compress import parse
 from kvjax.decode import extend, generate, positions_of, score
 from kvjax.evaluate import agreement, found, load_text, needles, samples
@@ -55,6 +56,11 @@ flags.DEFINE_integer("seed", 0, "Of the needles.")
 flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "Of parameters, exact keys and values."
 )
+flags.DEFINE_string(
+    "calibration",
+    "results/calibration",
+    "Folder of `experiments.calibrate`, for calibrated methods.",
+)
 flags.DEFINE_string("out", "results/compress", "Folder for results.json, pareto.png, report.html.")
 flags.DEFINE_bool("compile_cache", False, "Keep compiled programs in the user's cache folder.")
 FLAGS = flags.FLAGS
@@ -77,7 +83,7 @@ SETTINGS = (
     "model", "text", "context", "continuation", "offsets", "needles", "needle_lengths",
     "needle_modes", "rounds", "seed", "dtype",
 )  # fmt: skip
-OTHERS = ("methods", "out", "compile_cache")
+OTHERS = ("methods", "out", "compile_cache", "calibration")
 SEGMENT = 32  # tokens per scoring call, also the unit of timing
 ANSWER = 8  # tokens decoded per needle
 
@@ -98,10 +104,12 @@ class Exact:
     seconds: float
 
 
-@functools.partial(jax.jit, static_argnames=("statistics",))
-def _forward(model: Any, tokens: Array, positions: Array, statistics: bool) -> Any:
+@functools.partial(jax.jit, static_argnames=("statistics", "marks"))
+def _forward(
+    model: Any, tokens: Array, positions: Array, statistics: bool, marks: tuple = ()
+) -> Any:
     logits, new = forward(
-        model, tokens, positions, phase="prefill", logits="last", statistics=statistics
+        model, tokens, positions, phase="prefill", logits="last", statistics=statistics, marks=marks
     )
     return logits[:, 0], new
 
@@ -111,23 +119,25 @@ def _commit(moving: Any, rest: Any, new: Any) -> Any:
     return kv.apart(kv.finish(kv.commit(kv.together(moving, rest), new, phase="prefill")))[0]
 
 
-def exact_prefill(model: Any, tokens: Array, timed: bool) -> Exact:
+def exact_prefill(model: Any, tokens: Array, timed: bool, marks: tuple = ()) -> Exact:
     positions = positions_of(tokens)
     seconds = 0.0
     for _ in range(2 if timed else 1):
         start = time.perf_counter()
-        logits, new = jax.block_until_ready(_forward(model, tokens, positions, True))
+        logits, new = jax.block_until_ready(_forward(model, tokens, positions, True, marks))
         seconds = time.perf_counter() - start
     return Exact(new, logits, *tokens.shape, seconds)
 
 
 def compressed(
-    config: Any, exact: Exact, chain: Any, room: int, dtype: Any, timed: bool = False
-) -> tuple[Any, float]:
+    config: Any, exact: Exact, chain: Any, room: int, dtype: Any, timed: bool = False,
+    constants: Any = None,
+) -> tuple[Any, float]:  # fmt: skip
     """The cache of a method after an exact prefill; seconds that commit and finish took."""
     cache = kv.init_cache(
-        config, chain, exact.batch, exact.time + room, prompt=exact.time, dtype=dtype
-    )
+        config, chain, exact.batch, exact.time + room, prompt=exact.time, dtype=dtype,
+        constants=constants,
+    )  # fmt: skip
     moving, rest = kv.apart(cache)
     seconds = 0.0
     for _ in range(2 if timed else 1):  # the first call compiles
@@ -141,7 +151,7 @@ def join(a: Any, b: Any) -> Any:
     """Two results of `forward`, the rows of the one after those of the other."""
     axis = lambda n: lambda x, y: jnp.concatenate([x, y], n)  # noqa: E731
     cat = axis(3)
-    rows = kv.KV(cat(a.kv.k, b.kv.k), cat(a.kv.v, b.kv.v), cat(a.kv.pos, b.kv.pos))
+    rows = jax.tree.map(cat, a.kv, b.kv)
     seen = kv.Observation(
         cat(a.seen.q, b.seen.q), cat(a.seen.max, b.seen.max), cat(a.seen.sum, b.seen.sum),
         axis(1)(a.seen.pos, b.seen.pos), a.seen.span,
@@ -152,11 +162,18 @@ def join(a: Any, b: Any) -> Any:
 class Job:
     """The prompts and their exact prefills, and the dense run that methods are compared with."""
 
-    def __init__(self, settings: dict[str, Any], methods: list[tuple[str, Any]]):
+    def __init__(
+        self, settings: dict[str, Any], methods: list[tuple[str, Any]], calibration: str = ""
+    ):
         self.settings = settings
         self.dtype = jnp.dtype(settings["dtype"])
         self.model, self.tokenizer = load(settings["model"], dtype=self.dtype)
         self.config = self.model.config
+        self.constants = {}
+        for label, chain in methods:
+            names = chain.constants(self.config.head_dim)
+            self.constants[chain] = find(calibration, label, names, self.model) if names else None
+        self.marks = tuple(dict.fromkeys(m for _, c in methods for m in c.input_marks))
         text = load_text(settings["text"])
         context, more = settings["context"], settings["continuation"]
         windows = samples(text, self.tokenizer, settings["offsets"], context + more)
@@ -176,13 +193,15 @@ class Job:
         self.needles = [batch for batch in self.needles if batch]
         self._check(methods)  # whatever is wrong is said by now; from here on things are compiled
         self.continuation = jnp.asarray(windows[:, context:])
-        self.exact = exact_prefill(self.model, jnp.asarray(windows[:, :context]), timed=True)
+        self.exact = exact_prefill(
+            self.model, jnp.asarray(windows[:, :context]), timed=True, marks=self.marks
+        )
         self.dense_cache: Any = None
         self.dense_logits: Array | None = None
         self.needle_exact: list[tuple[Exact, Any, Array]] = []
         for batch in self.needles:
             tokens = jnp.asarray([n.context for n in batch])
-            exact = exact_prefill(self.model, tokens, timed=False)
+            exact = exact_prefill(self.model, tokens, timed=False, marks=self.marks)
             question = jnp.asarray([n.question for n in batch])
             self.needle_exact.append((exact, *self._question(exact, question)))
 
@@ -201,7 +220,12 @@ class Job:
                 try:
                     jax.eval_shape(
                         lambda chain=chain, batch=batch, prompt=prompt, more=more: kv.init_cache(
-                            self.config, chain, batch, prompt + more, prompt=prompt
+                            self.config,
+                            chain,
+                            batch,
+                            prompt + more,
+                            prompt=prompt,
+                            constants=self.constants[chain],
                         )
                     )
                 except ValueError as error:
@@ -216,9 +240,15 @@ class Job:
         cache = kv.commit(cache, exact.new, phase="prefill")
         positions = positions_of(question) + exact.time
         logits, new = jax.jit(
-            functools.partial(forward, logits="last", statistics=True, phase="append")
+            functools.partial(
+                forward, logits="last", statistics=True, phase="append", marks=self.marks
+            )
         )(self.model, question, positions, cache)
         return join(exact.new, new), logits[:, 0]
+
+    def _compressed(self, exact: Exact, chain: Any, room: int, timed: bool = False) -> Any:
+        given = self.constants[chain]
+        return compressed(self.config, exact, chain, room, self.dtype, timed, given)
 
     def run(self, label: str, chain: Any, progress: Any) -> dict[str, Any]:
         """All figures of one method."""
@@ -236,7 +266,7 @@ class Job:
     def quality(self, chain: Any, dense: bool) -> tuple[dict[str, Any], Any]:
         """Figures of the continuation; and the cache as it was at the end of the context."""
         more = self.continuation.shape[1]
-        first, seconds = compressed(self.config, self.exact, chain, more, self.dtype, timed=True)
+        first, seconds = self._compressed(self.exact, chain, more, timed=True)
         cache = first
         logits = self.exact.logits
         size = kv.nbytes(cache)
@@ -274,10 +304,10 @@ class Job:
             asked = question.shape[1]
             if "aware" in hits:
                 both = dataclasses.replace(exact, new=whole, logits=logits, time=exact.time + asked)
-                cache, _ = compressed(self.config, both, chain, ANSWER, self.dtype)
+                cache, _ = self._compressed(both, chain, ANSWER)
                 hits["aware"] += self._answers(cache, logits, batch)
             if "agnostic" in hits:
-                cache, _ = compressed(self.config, exact, chain, asked + ANSWER, self.dtype)
+                cache, _ = self._compressed(exact, chain, asked + ANSWER)
                 positions = positions_of(question) + exact.time
                 after, cache = extend(self.model, cache, question, positions, phase="append")
                 hits["agnostic"] += self._answers(cache, after, batch)
@@ -342,6 +372,7 @@ def main(argv: list[str]) -> None:
         methods = list(dict([*parse("dense"), *parse(setting(FLAGS, "methods"))]).items())
         out = setting(FLAGS, "out")
         keep_compiled = setting(FLAGS, "compile_cache")
+        calibration = setting(FLAGS, "calibration")
         results = common.Results(out, settings)
     except ValueError as error:
         raise app.UsageError(str(error)) from None
@@ -352,7 +383,7 @@ def main(argv: list[str]) -> None:
     order = [label for label, _ in methods]
     todo = [m for m in methods if results.get(m[0]) is None]
     if todo:
-        run(settings, methods, todo, results)
+        run(settings, methods, todo, results, calibration)
     results.write(order)
     rows = [r for r in results.rows if r["method"] in order]
     common.table("KV-cache methods", COLUMNS, rows)
@@ -364,12 +395,14 @@ def main(argv: list[str]) -> None:
         common.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-def run(settings: Any, methods: Any, todo: Any, results: common.Results) -> None:
+def run(
+    settings: Any, methods: Any, todo: Any, results: common.Results, calibration: str = ""
+) -> None:
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=common.console) as progress:
         task = progress.add_task("loading and exact prefill", total=1 + 3 * len(todo))
         try:
-            job = Job(settings, methods)
+            job = Job(settings, methods, calibration)
         except (ValueError, FileNotFoundError) as error:
             raise app.UsageError(str(error)) from None
         progress.advance(task)

@@ -24,6 +24,7 @@ from kvjax.cache.cache import (
     tokens_held,
 )
 from kvjax.cache.chain import Chain, Pending, chain
+from kvjax.cache.chosen import Chosen, chosen
 from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
 from kvjax.cache.heavy import Absorb, heavy, nearest
@@ -36,13 +37,14 @@ from kvjax.cache.scores import (
     accumulated_attention,
     key_difference,
     key_norm,
+    marked,
     newest_attention,
     random,
     recency,
     window_attention,
 )
 from kvjax.cache.share import Share, share
-from kvjax.cache.stage import Carried, Column, Commit, Stage, Statistic
+from kvjax.cache.stage import Carried, Column, Commit, InputMark, Mark, Stage, Statistic
 from kvjax.cache.stages import by_position, first, prefix, recent
 from kvjax.cache.store import Store, store
 from kvjax.cache.types import (
@@ -66,9 +68,12 @@ __all__ = [
     "Cache",
     "Carried",
     "Chain",
+    "Chosen",
     "Column",
     "Commit",
     "Fit",
+    "InputMark",
+    "Mark",
     "New",
     "Observation",
     "Partial",
@@ -94,6 +99,7 @@ __all__ = [
     "best_pages",
     "by_position",
     "chain",
+    "chosen",
     "commit",
     "compact",
     "expected_attention",
@@ -105,6 +111,7 @@ __all__ = [
     "key_difference",
     "key_norm",
     "logical_axes",
+    "marked",
     "merge",
     "nbytes",
     "nearest",

@@ -19,7 +19,7 @@ from kvjax.cache.readers import Reader
 from kvjax.cache.ring import Window
 from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
-from kvjax.codecs import Codec, PerKV, as_pair, dense
+from kvjax.codecs import Codec, PerKV, as_pair, dense, joins_heads
 
 
 @pytree("spec")
@@ -96,9 +96,21 @@ class Store(Stage):
         page = 1 if self.reader is None else self.reader.page
         return math.lcm(self.codec.k.block, self.codec.v.block, page)
 
-    def init(self, spec: Spec) -> Stored:
+    def constants(self, width: int) -> tuple[str, ...]:
+        found = set() if self.fit is None else set(self.fit.names)
+        asked = {**self.codec.k.constants_spec(width), **self.codec.v.constants_spec(width)}
+        return tuple(name for name in asked if name not in found)
+
+    def init(self, spec: Spec, whole: bool = False) -> Stored:
+        """`whole`: tokens will come once and in whole units, so no exact slots are needed."""
         self.codec.k.check(spec.width)
         self.codec.v.check(spec.width)
+        for name, codec in (("k", self.codec.k), ("v", self.codec.v)):
+            if joins_heads(codec) and (spec.per_head or spec.totals is not None):
+                raise ValueError(
+                    f"store(codec: {name}={codec}) codes several heads together, but what comes "
+                    "here are other tokens for each head"
+                )
         length = spec.max_length
         room = [max(length - w.n, 0) // w.release * w.release for w in (self.keys, self.values)]
         if spec.totals is not None:
@@ -123,7 +135,7 @@ class Store(Stage):
         )
         head = (spec.layers, spec.batch, spec.kv_heads)
         rings = (
-            jnp.zeros((*head, min(w.capacity, length), spec.width), spec.dtype)
+            jnp.zeros((*head, 0 if whole else min(w.capacity, length), spec.width), spec.dtype)
             for w in (self.keys, self.values)
         )
         seen = head if spec.totals is not None else spec.lead
@@ -260,7 +272,7 @@ class Store(Stage):
         if jax.tree.leaves(state.k) and jax.tree.leaves(state.v) and state.place.slots:
             done = attend_stored(query, self, state, layer, coded)
             done = self._attend_coded(state, layer, query, q, coded) if done is None else done
-        if self.keys.capacity or self.values.capacity:
+        if state.k_ring.shape[3] or state.v_ring.shape[3]:
             tail = self._attend_tail(state, layer, query, q, seen, coded)
             done = tail if done is None else merge(done, tail)
         return query.ungroup(done), carry

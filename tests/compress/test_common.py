@@ -23,6 +23,7 @@ from tests.compress.harness import (
     inputs,
     model,
     plain,
+    plain_constants,
     rows,
     run,
 )
@@ -45,6 +46,10 @@ SETTINGS = {
     "kivi": "kivi(bits=2, group=4, residual=8)",
     "gear": "gear(bits=2, group=4, buffer=8)",
     "mikv": "mikv(keep=0.5)",
+    "turboquant": "turboquant(bits=4)",
+    "rotatekv": "rotatekv(sinks=3)",
+    "kvquant": "kvquant",
+    "vidkv": "vidkv(group=8, residual=8)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, storage=gear(bits=2, group=4, buffer=8))",
@@ -66,6 +71,12 @@ LIMITS = {
     "kivi, never full": "kivi(bits=2, group=4, residual=32)",
     "gear": "gear(bits=2, group=4, buffer=32)",
     "mikv": "mikv(keep=0.5, bits=16)",
+    "turboquant": "turboquant(bits=16)",
+    "rotatekv": "rotatekv(bits=16, sinks=3)",
+    "kvquant": "kvquant(bits=16)",
+    "vidkv": "vidkv(key_bits=16, value_bits=16)",
+    "vidkv, never full": "vidkv(group=8, residual=32)",
+    "kvquant, all sinks": "kvquant(sinks=32)",
 }
 # Methods that have no budget keep every token; so does mikv, whose budget is of exact ones.
 EVERYTHING = {n for n, f in METHODS.items() if "keep" not in inspect.signature(f).parameters}
@@ -159,7 +170,9 @@ def test_slots_are_distinct_with_true_positions(name):
 
 
 def bytes_of(text: str, prompt: int = 512, length: int = 544) -> int:
-    cache = init_cache(CONFIG_64, parse(text)[0][1], 2, length, prompt=prompt)
+    chain = parse(text)[0][1]
+    given = plain_constants(chain, CONFIG_64)
+    cache = init_cache(CONFIG_64, chain, 2, length, prompt=prompt, constants=given)
     return nbytes(jax.eval_shape(finish, cache))
 
 
@@ -185,6 +198,10 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("kivi(bits=2, residual=32)", 0.09, 0.16),
         ("gear(bits=2)", 0.20, 0.26),  # 63 of 544 tokens may wait exactly
         ("mikv(keep=0.25)", 0.29, 0.34),
+        ("turboquant(bits=4)", 0.13, 0.15),
+        ("rotatekv", 0.11, 0.13),  # 2.5 bits, and 20 of 544 tokens exactly
+        ("vidkv(residual=32)", 0.07, 0.13),  # 2.2 bits, 31 of 544 tokens may wait exactly
+        ("kvquant", 0.11, 0.13),  # 3.4 bits
         ("snapkv(keep=0.25, storage=kivi(bits=2, residual=32))", 0.02, 0.1),
     ],
 )

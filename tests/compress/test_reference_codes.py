@@ -4,16 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.compress import gear, kivi
+from kvjax.compress import gear, kivi, parse
 from tests.compress import reference as ref
 from tests.compress.reference import STEPS, D, H, affine, per_channel, per_token, row
 
 R, GROUP = 8, 4
 
 
-def follow(text, read):
+def follow(text, read, constants=None, extra=None):
     """read(row, n) -> K, V [H, n, D] as they read after n tokens."""
-    cache = ref.ours(text)
+    cache = ref.ours_chain(parse(text)[0][1], constants=constants, extra=extra)
     for i in range(STEPS + 1):
         if i in (0, 1, 7, STEPS):
 
