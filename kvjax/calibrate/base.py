@@ -98,8 +98,7 @@ def load(folder: str | os.PathLike, model: Any) -> dict[str, Array]:
     what = f"{folder} holds constants of {about['method']} for the model {about['model']!r}"
     if differ:
         raise ValueError(f"{what}, of another shape ({'; '.join(differ)}): calibrate this model")
-    # A cast to 16 bits moves a mean of n numbers by about 1e-3 / sqrt(n) of itself, other weights by
-    # more.
+    # A cast to 16 bits moves a mean of n numbers by some 1e-3 / sqrt(n) of itself; others by more.
     near = 1e-4 + 0.01 / model.layers.k[...][0].size ** 0.5
     if not np.allclose(about["weights"], _weights(model), rtol=near):
         raise ValueError(f"{what}, which has other weights: calibrate this model")

@@ -91,7 +91,7 @@ def test_levels_on_a_uniform_grid_are_the_integer_quantiser():
 
 
 def test_kmeans_is_near_the_best_partition():
-    """Against the best of all partitions of the sorted numbers into runs, by dynamic programming."""
+    """Against the best partition of the sorted numbers into runs, by dynamic programming."""
     for seed, count in ((0, 4), (1, 4), (2, 8)):
         draw = np.random.default_rng(seed)
         a, w = np.sort(draw.standard_t(5, 400)), draw.uniform(0.1, 4, 400)
