@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 from jax import Array
 from ml_collections import config_flags
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -41,6 +41,7 @@ NAMES = ("model", "methods", "text", "samples", "tokens", "batch", "offset", "ag
 
 
 def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step of its own
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:

@@ -169,34 +169,41 @@ def _gaussian_constants(entry: str, names: Any, shape: tuple[int, ...]) -> dict[
     }
 
 
-def rows_of(model: Any, chosen: dict[str, Any]) -> list[dict[str, Any]]:
-    tokenizer, model = model
+def label_of(family: str, entry: Codec | str) -> str:
+    """A name for the table: the method, or the family and the width of a code."""
+    if isinstance(entry, str):
+        return entry
+    return f"{family}, {getattr(entry, 'code_bits', None) or entry.parts[-1].code_bits} bits"
+
+
+def rows_of(model: Any, tokenizer: Any, chosen: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per quantiser and source; those that do not fit the model are left out and named."""
     windows = samples(load_text(chosen["text"]), tokenizer, [chosen["offset"]], chosen["tokens"])
     data = sources(model, jnp.asarray(windows))
     rows, left_out = [], {}
-    total = len(SOURCES) * sum(map(len, FAMILIES.values()))
+    every = [(s, f, e) for s in SOURCES for f, entries in FAMILIES.items() for e in entries]
     with Progress(console=common.console) as progress:
-        task = progress.add_task("measuring", total=total)
-        for source, x in data.items():
-            for family, entries in FAMILIES.items():
-                for entry in entries:
-                    codec, names = codec_of(entry, source)
-                    progress.advance(task)
-                    try:
-                        given = constants_for(entry, source, names, model, x, chosen["calibration"])
-                    except ValueError as error:
-                        left_out[str(entry)] = str(error)
-                        continue
-                    error, code = measure(codec, x, given)
-                    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(code))
-                    bits, error = 8 * stored / x.size, float(error)
-                    rows.append({
-                        "quantiser": family, "name": f"{family}: {entry} on {source}",
-                        "source": source, "bits": bits, "error": error, "bound": 4.0**-bits,
-                        "gap": bits + 0.5 * math.log2(error),
-                    })  # fmt: skip
-    for entry, why in left_out.items():
-        common.console.print(f"[yellow]left out: {entry}[/]: {why}", highlight=False)
+        task = progress.add_task("measuring", total=len(every))
+        for source, family, entry in every:
+            x, label = data[source], label_of(family, entry)
+            codec, names = codec_of(entry, source)
+            try:
+                given = constants_for(entry, source, names, model, x, chosen["calibration"])
+                error, code = measure(codec, x, given)
+            except ValueError as wrong:
+                left_out[label] = str(wrong)
+                continue
+            finally:
+                progress.advance(task)
+            stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(code))
+            bits, error = 8 * stored / x.size, float(error)
+            rows.append({
+                "name": f"{label} on {source}", "quantiser": label, "family": family,
+                "source": source, "bits": bits, "error": error, "bound": 4.0**-bits,
+                "gap": bits + 0.5 * math.log2(error),
+            })  # fmt: skip
+    for label, why in left_out.items():
+        common.console.print(f"[yellow]left out: {label}[/]: {why}", highlight=False)
     return rows
 
 
@@ -209,7 +216,7 @@ def explain(rows: list[dict[str, Any]]) -> None:
         ]  # fmt: skip
         row["best_gap"] = min(like)
         far = row["gap"] - row["best_gap"] > FAR
-        row["reason"] = reason(row["quantiser"], row["source"], row["bits"]) if far else None
+        row["reason"] = reason(row["family"], row["source"], row["bits"]) if far else None
 
 
 def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -218,7 +225,7 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     colors, marks = plt.get_cmap("tab20"), "osD^v<>Pp*Xh"
     for axis, source in zip(axes, SOURCES):
         for number, family in enumerate(FAMILIES):
-            own = [r for r in rows if r["quantiser"] == family and r["source"] == source]
+            own = [r for r in rows if r["family"] == family and r["source"] == source]
             axis.plot(
                 [r["bits"] for r in own], [r["error"] for r in own], color=colors(number % 20),
                 marker=marks[number % len(marks)], label=family, lw=1, ms=6,
@@ -249,7 +256,7 @@ def main(argv: list[str]) -> None:
             chosen["out"], {n: x for n, x in chosen.items() if n not in where}, key="name"
         )
         model, tokenizer = load(chosen["model"])
-        rows = rows_of((tokenizer, model), chosen)
+        rows = rows_of(model, tokenizer, chosen)
     except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from None
     explain(rows)

@@ -27,7 +27,7 @@ from kvjax.cache.chain import Chain, Pending, chain
 from kvjax.cache.chosen import Chosen, chosen
 from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
-from kvjax.cache.heavy import Absorb, heavy, nearest
+from kvjax.cache.heavy import Absorb, Growth, growth, heavy, nearest
 from kvjax.cache.prune import prune
 from kvjax.cache.readers import Reader, best_pages
 from kvjax.cache.recurrent import Recurrence, previous
@@ -72,6 +72,7 @@ __all__ = [
     "Column",
     "Commit",
     "Fit",
+    "Growth",
     "InputMark",
     "Mark",
     "New",
@@ -105,6 +106,7 @@ __all__ = [
     "expected_attention",
     "finish",
     "first",
+    "growth",
     "heavy",
     "horizon",
     "init_cache",
