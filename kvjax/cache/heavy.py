@@ -161,7 +161,7 @@ class Heavy(SlotStage):
         return self.score.columns
 
     def _limit(self, arrived: Any, spec: Spec) -> Any:
-        """How many of `arrived` tokens are held at most, int (also for arrays) or like `arrived`."""
+        """How many of `arrived` tokens are held at most: an int, or like `arrived`."""
         if isinstance(self.n, Growth):
             return self.n.limit(arrived, spec)
         return tokens_of(self.n, spec)

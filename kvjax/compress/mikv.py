@@ -96,8 +96,8 @@ def mikv(
         newest keep their number); False: their number is that of the prompt.
 
     Raises:
-      ValueError: both sizes, or tokens that are to grow; sizes or bits out of range; on init_cache, a head size that does not
-        split into two groups.
+      ValueError: both sizes, or tokens that are to grow; sizes or bits out of range; on init_cache,
+        a head size that does not split into two groups.
 
     Source: No Token Left Behind: Reliable KV Cache Compression via Importance-Aware Mixed Precision
     Quantization, arXiv 2402.18096 (equations 1 to 4).
