@@ -103,11 +103,14 @@ def reason(family: str, source: str, bits: float) -> str:
     return "uniform levels between the extremes waste codes where few numbers are"
 
 
-def codec_of(entry: Codec | str, source: str) -> tuple[Codec, tuple[str, ...]]:
-    """The codec by which a quantiser codes a source, and the constants that it reads."""
+def codec_of(entry: Codec | str, source: str) -> tuple[Codec | None, tuple[str, ...]]:
+    """The codec by which a quantiser codes a source, and the constants that it reads; None for a
+    method that codes keys before rotary embedding, on keys after it."""
     if isinstance(entry, Codec):
         return entry, ()
     store = parse(entry)[0][1].stages[-1]
+    if store.rope == "before" and source == "keys after rope":
+        return None, ()
     codec = store.codec.v if source == "values" else store.codec.k
     return codec, tuple(codec.constants_spec(64))
 
@@ -187,6 +190,9 @@ def rows_of(model: Any, tokenizer: Any, chosen: dict[str, Any]) -> list[dict[str
         for source, family, entry in every:
             x, label = data[source], label_of(family, entry)
             codec, names = codec_of(entry, source)
+            if codec is None:
+                progress.advance(task)
+                continue
             try:
                 given = constants_for(entry, source, names, model, x, chosen["calibration"])
                 error, code = measure(codec, x, given)

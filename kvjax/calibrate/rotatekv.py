@@ -44,7 +44,7 @@ def order_of_means(model: Any, batches: Iterable[Array], heads: int = 4) -> dict
     total = None
     for tokens in batches:
         more = _sum(model, jnp.asarray(tokens), heads)
-        total = more if total is None else total + more
+        total = jax.block_until_ready(more if total is None else total + more)
     order = jnp.argsort(total, -1, stable=True).astype(jnp.int32)
     return {ORDER: order.reshape(len(order), 1, model.config.kv_heads, model.config.head_dim)}
 

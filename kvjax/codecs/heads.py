@@ -61,7 +61,7 @@ class AcrossHeads(Codec):
         return split(self._part.decode(code.code, dtype, constants), code.heads)
 
     def code_spec(self, leading, tokens, width, dtype=jnp.float32):
-        x = jax.ShapeDtypeStruct((*(leading or (1,)), tokens, width), jnp.dtype(dtype))
+        x = jax.ShapeDtypeStruct((*leading, tokens, width), jnp.dtype(dtype))
         given = self.codec.constants_spec(x.shape[-3] * width)
         return jax.eval_shape(lambda x, given: self.encode(x, None, None, given), x, given)
 

@@ -64,7 +64,7 @@ def gear(
     >>> gear(rank=0, prompt_rank=0, outliers=0.0).stages[1].codec.bits(64)
     2.5
     >>> [round(stage.codec.bits(64), 2) for stage in (gear().stages[0].inner, gear().stages[1])]
-    [4.33, 4.25]
+    [4.41, 4.25]
     """
     bits_of("gear", bits)
     if backbone not in BACKBONES:

@@ -66,7 +66,7 @@ def vidkv(
     2503.16257.
 
     >>> vidkv().stages[0].codec.bits(64)  # (2.28 + 2.10) / 2: scales and masks included
-    2.1923828125
+    2.19140625
     """
     if not (key_bits == 16 or 1 <= key_bits <= 2):
         raise ValueError(f"vidkv(key_bits={key_bits!r}): expected 1 to 2, or 16 for exact")
