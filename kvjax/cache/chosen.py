@@ -77,8 +77,12 @@ class Chosen(Stage):
         return self.inner.init(inner, whole=True)
 
     def downstream(self, spec: Spec) -> Spec:
-        least = 0 if self.score is not None and self.score.refuses else self._most(spec)
-        return self._split(spec).less(least)
+        if self.score is not None and self.score.refuses:
+            return self._split(spec)
+        # A shorter prompt may leave more: all but its whole units.
+        left = max(spec.prompt - self._most(spec), min(self.inner.unit - 1, spec.prompt))
+        later = spec.max_length - spec.prompt
+        return self._split(spec).replace(max_length=left + later, prompt=left)
 
     def attend(
         self, state: Stored, layer: Array, query: Query, carry: Any

@@ -62,8 +62,8 @@ def vidkv(
     Raises:
       ValueError: arguments out of range; on init_cache, a head size that does not split so.
 
-    Source: Plug-and-Play 1.x-Bit KV Cache Quantization for Video Large Language Models, arXiv
-    2503.16257.
+    Source: Plug-and-Play 1.x-Bit KV Cache Quantization for Video Large Language Models,
+    arXiv 2503.16257.
 
     >>> vidkv().stages[0].codec.bits(64)  # (2.28 + 2.10) / 2: scales and masks included
     2.19140625

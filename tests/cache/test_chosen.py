@@ -101,6 +101,14 @@ def test_without_a_score_the_oldest_in_whole_units():
         assert int(first.state[0][0].seen[0, b, 0]) == n
 
 
+def test_a_short_prompt_that_fills_no_unit_loses_nothing():
+    """The row of 13 tokens leaves all of them to the store behind, more than the full one does."""
+    codec = quantize(2, "channel", 16)
+    _, last = run(chain(chosen(share(1), None, store(codec)), store()))
+    assert positions(last.state[0][1], 1) == list(range(13 + MORE))
+    assert tokens_held(last) == 2 * 2 * (sum(LENGTHS) + B * MORE)
+
+
 def test_what_is_worth_nothing_is_never_chosen():
     worth = np.full((B, T + MORE), -np.inf, np.float32)
     worth[0, [3, 9]] = 1.0
