@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ import matplotlib.pyplot as plt
 from experiments import common
 from kvjax.cache import rope_of, rotate
 from kvjax.calibrate import find
+from kvjax.calibrate.kvquant import fit
 from kvjax.codecs import Codec, compose, quantize
 from kvjax.codecs import rotate as rotated
 from kvjax.compress import parse
@@ -136,40 +138,19 @@ def sources(model: Any, tokens: jax.Array) -> dict[str, jax.Array]:
 
 
 def constants_for(entry: Any, source: str, names: Any, model: Any, x: Any, folder: str) -> Any:
-    """From the calibration folder; on Gaussian data fitted to other Gaussian data, if possible."""
+    """From the calibration folder; on Gaussian data fitted to other Gaussian data."""
     if not names:
         return None
-    if source == "gaussian":
-        return _gaussian_constants(entry, names, x.shape)
-    return find(folder, entry, names, model)
-
-
-def _gaussian_constants(entry: str, names: Any, shape: tuple[int, ...]) -> dict[str, jax.Array]:
-    """What calibration finds where every number is a standard Gaussian's, of equal weight."""
-    from kvjax.calibrate.kvquant import fit_levels, ranges
-
-    layers, _, heads, _, width = shape
-    other = np.random.default_rng(1).standard_normal((4096, heads * width)).astype(np.float32)
-    found: dict[str, Any] = {}
-    for name in names:
-        if name == "rotatekv_order":
-            order = np.random.default_rng(1).permutation(heads * width).reshape(1, heads, width)
-            found[name] = order.astype(np.int32)
-        elif name.endswith("_centre"):
-            centre, extent, inside = ranges(other, 0.01, 0)
-            found[name], found[name.replace("_centre", "_range")] = centre, extent
-    bits = int(entry.split("bits=")[1].rstrip(")")) if "bits=" in entry else 3
-    for name in ("kvquant_key", "kvquant_value"):
-        if name in names:
-            a = ((other - centre) / extent)[inside]
-            table, read = fit_levels(a, np.ones_like(a), 2**bits, bits <= 2)
-            found[name], found[f"{name}_read"] = table[None], read[None]
-    return {
-        n: jnp.broadcast_to(jnp.asarray(x), (layers, 1, *np.atleast_2d(x).shape))
-        if np.ndim(x) < 3
-        else jnp.broadcast_to(jnp.asarray(x), (layers, *x.shape))
-        for n, x in found.items()
-    }
+    if source != "gaussian":
+        return find(folder, entry, names, model)
+    layers, _, heads, _, width = x.shape
+    if "rotatekv_order" in names:  # every order is as good
+        order = np.arange(heads * width, dtype=np.int32).reshape(1, heads, width)
+        return {"rotatekv_order": jnp.broadcast_to(jnp.asarray(order), (layers, *order.shape))}
+    other = np.random.default_rng(1).standard_normal((1, 4096, heads * width)).astype(np.float32)
+    bits, even = int(re.search(r"bits=(\d)", entry)[1]), np.ones_like(other)
+    found = fit(other, other, even, even, bits=bits, q_norm=bits <= 2)
+    return {n: jnp.repeat(found[n], layers, 0) for n in names}
 
 
 def label_of(family: str, entry: Codec | str) -> str:

@@ -48,25 +48,37 @@ def kvquant(
 
 
 def constants_of(
-    model: Any, batches: Iterable[Array], bits: int, outliers: float, sinks: int, q_norm: bool,
-    range_weight: bool,
-) -> dict[str, Array]:  # fmt: skip
-    """The constants, each with a first axis of layers; ranges [L, 1, 1, H D], levels [L, 1, 1, M].
+    model: Any, batches: Iterable[Array], sinks: int = 1, **how: Any
+) -> dict[str, Array]:
+    """The constants for a model: `fit` of its keys, values and gradients.
 
     Args:
-      batches: tokens, int32 [B, T] each, T above `sinks`.
+      batches: tokens, int32 [B, T] each, T above `sinks`, the first tokens, which are left out.
     """
     parts: list[list[np.ndarray]] = [[], [], [], []]
     for tokens in batches:
         for held, x in zip(parts, _capture(model, jnp.asarray(tokens))):
             held.append(np.asarray(x[:, :, sinks:], np.float32).reshape(x.shape[0], -1, x.shape[3]))
+    return fit(*(np.concatenate(held, 1) for held in parts), **how)
+
+
+def fit(
+    k: np.ndarray, v: np.ndarray, gk: np.ndarray, gv: np.ndarray, *, bits: int,
+    outliers: float = 0.01, q_norm: bool = False, range_weight: bool = True,
+) -> dict[str, Array]:  # fmt: skip
+    """The constants by name: ranges [L, 1, 1, C], levels [L, 1, 1, 2^bits], float32.
+
+    Args:
+      k, v: keys before rotation and values of N tokens, [L, N, C], C the channels of all heads.
+      gk, gv: the loss's gradients at them.
+    """
     found: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
-    for layer in range(len(parts[0][0])):
-        k, v, gk, gv = (np.concatenate([x[layer] for x in held]) for held in parts)
+    for layer in range(len(k)):
         for name, x, gradient, axis in ((KEYS, k, gk, 0), (VALUES, v, gv, 1)):
+            x = x[layer]
             centre, extent, inside = ranges(x, outliers, axis)
             a = ((x - centre) / extent)[inside]
-            weight = gradient**2 * (extent**2 if range_weight else 1.0)
+            weight = gradient[layer] ** 2 * (extent**2 if range_weight else 1.0)
             table, read = fit_levels(a, np.broadcast_to(weight, x.shape)[inside], 2**bits, q_norm)
             found[name].append(table)
             found[f"{name}_read"].append(read)
