@@ -46,8 +46,14 @@ def sample(seed=0):
     return np.random.default_rng(seed).standard_t(4, (2, H, T, D)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("name", "inner"), [("whole", quantize(2)), ("groups", quantize(4, group=16)),
-                                             ("channel", quantize(2, "channel", 16))])  # fmt: skip
+PLAIN = {
+    "whole": quantize(2),
+    "groups": quantize(4, group=16),
+    "channel": quantize(2, "channel", 16),
+}
+
+
+@pytest.mark.parametrize(("name", "inner"), PLAIN.items(), ids=PLAIN)
 def test_it_is_the_codec_of_the_joined_channels(name, inner):
     x = sample()
     wide = np.moveaxis(x, 1, 2).reshape(2, T, H * D)
