@@ -87,22 +87,26 @@ FAR = 1.0  # bits above the best quantiser of like size from which a reason is d
 NEAR = 0.6  # bits within which another is of like size
 
 
-def reason(family: str, source: str, bits: float) -> str:
-    """Why a quantiser of this family needs more bits than the best, on this source."""
+def reason(family: str, label: str, source: str) -> str:
+    """Why a quantiser needs more bits than the best of like size, on this source."""
     real_keys = source.startswith("keys")
+    if "bits=1)" in label or label.endswith(" 1 bits"):
+        return "its two levels stand at the ends of the range, where few numbers are"
+    if family == "gear":
+        return (
+            "two factors of rank 2 per 64 tokens take a bit per value, and the error they code "
+            "is nearly white: little of it is of low rank"
+        )
     if "symmetric" in family:
-        return "its grid is symmetric: one level is lost, and offsets cost range"
-    if "per token" in family and "rotated" not in family and real_keys:
+        return "its grid is symmetric: a level is lost, and offsets cost range"
+    if "rotat" in family or family == "turboquant":
+        return (
+            "it knows no channels: their means and unlike sizes, which others store or "
+            "calibrate once, are coded in every token"
+        )
+    if "per token" in family and real_keys:
         return "few channels are many times larger than the others and stretch a token's range"
-    if "channel" in family or family == "kivi" or family.startswith("gear"):
-        if source == "gaussian" or source == "values":
-            return "16-bit scales and minima of small groups; range set by the largest of a group"
-        return "range set by the largest of a group of tokens, which rotary embedding widens"
-    if family in ("turboquant", "rotated affine, per token", "rotatekv") and real_keys:
-        return "a rotation spreads constant channels over all: their mean is coded in every token"
-    if bits < 2:
-        return "two levels at the ends of the range, where few numbers are"
-    return "uniform levels between the extremes waste codes where few numbers are"
+    return "range set by the extremes of small groups, with 16-bit scale and minimum each"
 
 
 def codec_of(entry: Codec | str, source: str) -> tuple[Codec | None, tuple[str, ...]]:
@@ -203,7 +207,7 @@ def explain(rows: list[dict[str, Any]]) -> None:
         ]  # fmt: skip
         row["best_gap"] = min(like)
         far = row["gap"] - row["best_gap"] > FAR
-        row["reason"] = reason(row["family"], row["source"], row["bits"]) if far else None
+        row["reason"] = reason(row["family"], row["quantiser"], row["source"]) if far else None
 
 
 def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
