@@ -272,15 +272,10 @@ def head(model: Model, x: Array) -> Array:
     config = model.config
     x = rms_norm(x, model.norm[...], config)
     weight = (model.embed if model.head is None else model.head)[...]
-    flat = x.reshape(-1, x.shape[-1])
-    if 1 < flat.shape[0] <= 16:
-        # The matrix first: on CPU this reads it about 1.5 times as fast for a few rows.
-        out = jnp.einsum("vd,rd->vr", weight, flat, preferred_element_type=jnp.float32).T
-    else:
-        out = jnp.matmul(flat, weight.T, preferred_element_type=jnp.float32)
+    out = linear(x, weight, dtype=jnp.float32)
     if config.final_softcap is not None:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
-    return out.reshape(*x.shape[:-1], -1)
+    return out
 
 
 # --- committing inside the layer scan -----------------------------------------------------------
