@@ -11,15 +11,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
-from kvjax.cache.attention import dot_keys, dot_values
+from kvjax.cache.attention import dot_keys, dot_values, visible
 from kvjax.cache.fit import Fit
 from kvjax.cache.kernels import attend_stored
 from kvjax.cache.paging import Pool, Rectangle, per_layer
 from kvjax.cache.readers import Reader
 from kvjax.cache.ring import Window
-from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
+from kvjax.cache.stage import (
+    FOREVER, Commit, Stage, Statistic, check_heads, exact, least, most, total,
+)  # fmt: skip
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
-from kvjax.codecs import Codec, PerKV, as_pair, dense, joins_heads
+from kvjax.codecs import Codec, PerKV, as_pair, dense
 
 
 @pytree("spec")
@@ -105,12 +107,7 @@ class Store(Stage):
         """`whole`: tokens will come once and in whole units, so no exact slots are needed."""
         self.codec.k.check(spec.width)
         self.codec.v.check(spec.width)
-        for name, codec in (("k", self.codec.k), ("v", self.codec.v)):
-            if joins_heads(codec) and (spec.per_head or spec.totals is not None):
-                raise ValueError(
-                    f"store(codec: {name}={codec}) codes several heads together, but what comes "
-                    "here are other tokens for each head"
-                )
+        check_heads(self.codec, spec)
         length = spec.max_length
         room = [max(length - w.n, 0) // w.release * w.release for w in (self.keys, self.values)]
         if spec.totals is not None:
@@ -298,7 +295,7 @@ class Store(Stage):
             logits = query.cap(logits)
             if "bias" in state.extra:
                 logits = logits + read(state.extra["bias"], 1)[..., None, :]
-            seen = _visible(query, pos, rows) & mask[..., None, :]
+            seen = visible(query, pos, rows) & mask[..., None, :]
             code = jax.tree.map(lambda x: read(x, cv.block), state.v)
             return partial_attention(logits, seen, lambda p: cv.mix(p, code, vc))
 
@@ -370,7 +367,7 @@ class Store(Stage):
         logits = query.cap(dot_keys(q, k))
         if "bias" in state.extra:
             logits = logits + state.place.gather(state.extra["bias"], layer, number)[:, :, None]
-        seen_mask = _visible(query, pos, self._rows(query, q)) & mask[..., None, :]
+        seen_mask = visible(query, pos, self._rows(query, q)) & mask[..., None, :]
         return partial_attention(logits, seen_mask, lambda p: dot_values(p, v))
 
     def _side(
@@ -425,14 +422,6 @@ class Store(Stage):
 def _fitting(window: Window, ring: Array) -> Window:
     """The window of a ring that was cut to the most tokens that can ever come."""
     return window if ring.shape[3] == window.capacity else Window(ring.shape[3])
-
-
-def _visible(query: Query, pos: Array, rows: Array) -> Array:
-    """bool [..., R or 1, N]: which tokens at pos [..., N] each row at rows [..., R] may see."""
-    there = (pos >= 0)[..., None, :]
-    if not query.window:
-        return there
-    return there & (rows[..., :, None] - pos[..., None, :] < query.span)
 
 
 def store(
