@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.types import KV, Observation, Partial, Phase, Query, Rope, Spec, rotate
-from kvjax.codecs import Codec, Dense, PerKV, joins_heads
+from kvjax.codecs import Codec, Dense
 
 FOREVER = jnp.iinfo(jnp.int32).max // 2
 
@@ -219,15 +219,6 @@ class Stage:
 def exact(codec: Codec, dtype: Any) -> bool:
     """Whether a codec gives back, bit for bit, what was stored in `dtype`."""
     return isinstance(codec, Dense) and codec.dtype in (None, jnp.dtype(dtype).name)
-
-
-def check_heads(pair: PerKV, spec: Spec) -> None:
-    """Raises ValueError where a codec takes several heads together that hold different tokens."""
-    if (spec.per_head or spec.totals is not None) and joins_heads(pair):
-        raise ValueError(
-            f"store(codec={pair}) codes several heads together, but what comes here are other "
-            "tokens for each head"
-        )
 
 
 def total(count: Array, spec: Spec) -> Array:

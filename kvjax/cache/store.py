@@ -14,12 +14,10 @@ from kvjax.cache import buffer
 from kvjax.cache.attention import dot_keys, dot_values, visible
 from kvjax.cache.fit import Fit
 from kvjax.cache.kernels import attend_stored
-from kvjax.cache.paging import Pool, Rectangle, per_layer
+from kvjax.cache.paging import Pool, Rectangle, check_heads, per_layer
 from kvjax.cache.readers import Reader
 from kvjax.cache.ring import Window
-from kvjax.cache.stage import (
-    FOREVER, Commit, Stage, Statistic, check_heads, exact, least, most, total,
-)  # fmt: skip
+from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
 from kvjax.codecs import Codec, PerKV, as_pair, dense
 
