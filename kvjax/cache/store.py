@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
-from kvjax.cache.attention import dot_keys, dot_values
+from kvjax.cache.attention import dot_keys, dot_values, visible
 from kvjax.cache.fit import Fit
 from kvjax.cache.kernels import attend_stored
-from kvjax.cache.paging import Pool, Rectangle, per_layer
+from kvjax.cache.paging import Pool, Rectangle, check_heads, per_layer
 from kvjax.cache.readers import Reader
 from kvjax.cache.ring import Window
 from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
@@ -96,9 +96,16 @@ class Store(Stage):
         page = 1 if self.reader is None else self.reader.page
         return math.lcm(self.codec.k.block, self.codec.v.block, page)
 
-    def init(self, spec: Spec) -> Stored:
+    def constants(self, width: int) -> tuple[str, ...]:
+        found = set() if self.fit is None else set(self.fit.names)
+        asked = {**self.codec.k.constants_spec(width), **self.codec.v.constants_spec(width)}
+        return tuple(name for name in asked if name not in found)
+
+    def init(self, spec: Spec, whole: bool = False) -> Stored:
+        """`whole`: tokens will come once and in whole units, so no exact slots are needed."""
         self.codec.k.check(spec.width)
         self.codec.v.check(spec.width)
+        check_heads(self.codec, spec)
         length = spec.max_length
         room = [max(length - w.n, 0) // w.release * w.release for w in (self.keys, self.values)]
         if spec.totals is not None:
@@ -127,7 +134,7 @@ class Store(Stage):
         )
         head = (spec.layers, spec.batch, spec.kv_heads)
         rings = (
-            jnp.zeros((*head, min(w.capacity, length), spec.width), spec.dtype)
+            jnp.zeros((*head, 0 if whole else min(w.capacity, length), spec.width), spec.dtype)
             for w in (self.keys, self.values)
         )
         seen = head if spec.totals is not None else spec.lead
@@ -267,7 +274,7 @@ class Store(Stage):
         if jax.tree.leaves(state.k) and jax.tree.leaves(state.v) and state.place.slots:
             done = attend_stored(query, self, state, layer, coded)
             done = self._attend_coded(state, layer, query, q, coded) if done is None else done
-        if self.keys.capacity or self.values.capacity:
+        if state.k_ring.shape[3] or state.v_ring.shape[3]:
             tail = self._attend_tail(state, layer, query, q, seen, coded)
             done = tail if done is None else merge(done, tail)
         return query.ungroup(done), carry
@@ -293,7 +300,7 @@ class Store(Stage):
             logits = query.cap(logits)
             if "bias" in state.extra:
                 logits = logits + read(state.extra["bias"], 1)[..., None, :]
-            seen = _visible(query, pos, rows) & mask[..., None, :]
+            seen = visible(query, pos, rows) & mask[..., None, :]
             code = jax.tree.map(lambda x: read(x, cv.block), state.v)
             return partial_attention(logits, seen, lambda p: cv.mix(p, code, vc))
 
@@ -374,7 +381,7 @@ class Store(Stage):
         if "bias" in state.extra:
             bias = state.place.gather(state.extra["bias"], layer, number - base)
             logits = logits + bias[:, :, None]
-        seen_mask = _visible(query, pos, self._rows(query, q)) & mask[..., None, :]
+        seen_mask = visible(query, pos, self._rows(query, q)) & mask[..., None, :]
         return partial_attention(logits, seen_mask, lambda p: dot_values(p, v))
 
     def _side(
@@ -444,14 +451,6 @@ def _at_hand(query: Query, mask: Array, number: Array, slots: int) -> Array:
 def _fitting(window: Window, ring: Array) -> Window:
     """The window of a ring that was cut to the most tokens that can ever come."""
     return window if ring.shape[3] == window.capacity else Window(ring.shape[3])
-
-
-def _visible(query: Query, pos: Array, rows: Array) -> Array:
-    """bool [..., R or 1, N]: which tokens at pos [..., N] each row at rows [..., R] may see."""
-    there = (pos >= 0)[..., None, :]
-    if not query.window:
-        return there
-    return there & (rows[..., :, None] - pos[..., None, :] < query.span)
 
 
 def store(

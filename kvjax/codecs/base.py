@@ -82,7 +82,7 @@ class Codec:
         `dtype` is that of x, which matters only where a codec stores parts in it (`dense()`).
         Constants are not counted: they are shared by all tokens.
         """
-        leaves = jax.tree.leaves(self.code_spec((), self.block, width, dtype))
+        leaves = jax.tree.leaves(self.code_spec((1,), self.block, width, dtype))
         return 8.0 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / (self.block * width)
 
     def roundtrip(self, x, valid=None, key=None, constants=None) -> jax.Array:
