@@ -45,8 +45,8 @@ flags.DEFINE_integer("prompts", 50, "Requests.", lower_bound=1)
 flags.DEFINE_integer("longest", 160, "Tokens of the longest prompt.", lower_bound=16)
 flags.DEFINE_integer("new_tokens", 32, "Tokens decoded per request.", lower_bound=2)
 flags.DEFINE_integer("cold", 8, "Last requests run with fresh states too.", lower_bound=0)
-flags.DEFINE_integer("batch", 10, "Prompts per batch in the second part.", lower_bound=1)
-flags.DEFINE_string("methods", METHODS, "Caches of the third part, on one batch; empty: none.")
+flags.DEFINE_integer("batch", 10, "Prompts per batch in the second and third part.", lower_bound=1)
+flags.DEFINE_string("methods", METHODS, "Caches of the third part; empty: none.")
 flags.DEFINE_float(
     "margin", 0.01, "A first difference is excused where the best two logits are closer than this."
 )
@@ -84,13 +84,38 @@ class RandomTrees(Drafter):
         return Tree(tokens, self.tree.parent(), self.tree.depth)
 
 
+def questions_of(path: str) -> list[str]:
+    """The (first) questions of a .jsonl file, as of Spec-Bench ("turns") or GSM8K ("question").
+
+    Raises:
+      FileNotFoundError: no such file. ValueError: a line has no question; it is named.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"questions={path!r}: no such file")
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            text = item["turns"][0] if "turns" in item else item["question"]
+        except (ValueError, KeyError, IndexError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise ValueError(
+                f"questions={path!r}, line {number}: expected an object with 'turns' (a list of "
+                "texts) or 'question'"
+            )
+        found.append(text)
+    return found
+
+
 def prompts_of(settings: dict[str, Any], tokenizer: Any) -> list[list[int]]:
     """Token lists of unequal lengths: questions through the chat template, or pieces of a text."""
     count, longest = settings["prompts"], settings["longest"]
     if settings["questions"]:
-        lines = pathlib.Path(settings["questions"]).read_text(encoding="utf-8").splitlines()
-        items = [json.loads(line) for line in lines if line.strip()]
-        asked = [item["turns"][0] if "turns" in item else item["question"] for item in items]
+        asked = questions_of(settings["questions"])
         rows = [tokenizer.chat([{"role": "user", "content": text}]) for text in asked]
         rows = [row for row in rows if len(row) <= longest]
         if len(rows) < count:
@@ -265,6 +290,7 @@ def picture(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         bars = axes[0].barh(place + shift, [row[key] for row in rows], 0.38, label=label)
         axes[0].bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     axes[0].set_yticks(place, [row["drafter"] for row in rows], fontsize=8)
+    axes[0].margins(x=0.08)
     axes[0].axvline(1.0, color="gray", lw=0.8)
     axes[0].legend(fontsize=8, loc="lower right")
     for row in rows:
@@ -293,7 +319,7 @@ def run(settings: dict[str, Any], results: common.Results) -> None:
         (f"{name}, batches of {size}", first, None, job.prompts[: 2 * size]),
     ]
     for label, method in job.methods.items():
-        todo.append((f"{name} in {label}", first, method, job.prompts[:size]))
+        todo.append((f"{name} in {label}", first, method, job.prompts))
     for label, drafter, method, prompts in todo:
         if results.get(label) is None:
             say(label)

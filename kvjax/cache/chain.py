@@ -185,7 +185,7 @@ class Chain:
             return state
         stage = self.stages[place]
         last = place + 1 == len(self.stages) or state[1] is None
-        own, over = stage.commit(state[0], kv, context)
+        own, over = stage.commit(state[0], kv, dataclasses.replace(context, last=last))
         leaves = False if last else stage.releases(state[0], kv)
         if leaves is False:
             return (own, *state[1:])
@@ -195,6 +195,9 @@ class Chain:
 
         if leaves is True or kv.size > buffer.FEW or context.stats:
             return (own, *flow(state[1:]))  # a finished prompt passes every stage: some fit to it
+        ends = place + 2 == len(self.stages) or state[2] is None
+        if ends and self.stages[place + 1].light:
+            return (own, *flow(state[1:]))
         # Most single tokens move nothing: branch once, outside of all layers and rows. A stage's
         # own state stays outside: what a branch both reads and writes would be copied.
         return (own, *jax.lax.cond(leaves, flow, lambda rest: rest, state[1:]))

@@ -27,6 +27,7 @@ class Commit:
       constants: arrays of the transform (calibration, codebooks, shared prefixes).
       softcap: of the model's attention logits.
       layout: how the cache lies over devices (`kvjax.parallel.Layout`), or None; for writes.
+      last: what this stage passes on is forgotten, so it need not be read.
     """
 
     phase: Phase
@@ -36,6 +37,7 @@ class Commit:
     constants: Any = None
     softcap: float | None = None
     layout: Any = None
+    last: bool = False
 
     def rotated(self, kv: KV, unrotated: bool) -> Array:
         """The keys of `kv` [L, B, H, T, D], rotated at their positions."""
@@ -134,6 +136,12 @@ class Stage:
     @property
     def first_only(self) -> bool:
         """Whether the stage must stand at the head of its chain."""
+        return False
+
+    @property
+    def light(self) -> bool:
+        """Whether a few tokens that are none cost next to nothing to commit, where nothing is
+        passed on: such a last stage is committed to without asking whether any token comes."""
         return False
 
     @property

@@ -198,7 +198,11 @@ class Recent(SlotStage):
         window = self._window(state.spec)
         return jnp.any(window.left(state.seen + kv.count) > window.left(state.seen))
 
-    def commit(self, state: Slots, kv: KV, context: Commit) -> tuple[Slots, KV]:
+    @property
+    def light(self) -> bool:
+        return self._pair() is None
+
+    def commit(self, state: Slots, kv: KV, context: Commit) -> tuple[Slots, KV | None]:
         window, seen, held = self._window(state.spec), state.seen, state.kv
         total = seen + kv.count
         old = window.left(seen)
@@ -215,7 +219,9 @@ class Recent(SlotStage):
             over = dataclasses.replace(over, pos=jnp.where(number >= 0, over.pos, -1))
             return self._load(buffer.head(over, over.size), state.spec)
 
-        over = buffer.read_if(self.releases(state, kv), kv.size, leave, held)
+        over = None
+        if not context.last:
+            over = buffer.read_if(self.releases(state, kv), kv.size, leave, held)
         before = buffer.after(seen, *jax.tree.leaves(over))
         new = tree_write(window, held, rows, before, kv.count, context.layout)
         new = dataclasses.replace(new, pos=jnp.where(window.held(total) >= 0, new.pos, -1))

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kvjax.cache.barrier import computed
+
 Phase = Literal["prefill", "append", "decode", "verify"]
 PHASES = ("prefill", "append", "decode", "verify")
 
@@ -177,6 +179,7 @@ def rotate(x: Array, pos: Array, rope: Rope, inverse: bool = False) -> Array:
     factor = rope.factor.reshape(rope.factor.shape + (1,) * (lead + 2 - rope.factor.ndim))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     cos, sin = (cos / factor, -sin / factor) if inverse else (cos * factor, sin * factor)
+    cos, sin = computed(cos), computed(sin)  # once, not for every head
     a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
     return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], -1)

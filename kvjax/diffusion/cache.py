@@ -85,6 +85,7 @@ def no_cache() -> NoCache:
 class DKVDecode(DiffusionCache):
     refresh: int = 8
     delay: int = 1
+    prompt: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +101,8 @@ class DKVDecode(DiffusionCache):
         # The first step of a block stores nothing, so the second must compute all again.
         full = (view.index <= 1) | (view.index % self.refresh == 0)
         held = view.known & ~view.fresh if self.delay else view.known
+        if not self.prompt:
+            held &= view.position >= view.origin[:, None]
         return view.inside & (full[:, None] | ~held)
 
     def keep(self, view: View, chosen: Array) -> Array:
@@ -107,7 +110,9 @@ class DKVDecode(DiffusionCache):
         return known & (view.index > 0)[:, None]
 
 
-def dkv_decode(refresh: int = 8, delay: int = 1, codec: Any = None) -> DKVDecode:
+def dkv_decode(
+    refresh: int = 8, delay: int = 1, codec: Any = None, prompt: bool = True
+) -> DKVDecode:
     """Keys and values of decoded tokens are kept, one step late; masks are always computed.
 
     Step i of a block, D_i the positions known at its start:
@@ -121,7 +126,10 @@ def dkv_decode(refresh: int = 8, delay: int = 1, codec: Any = None) -> DKVDecode
       refresh: steps between full recomputations, counted in each block.
       delay: 1; 0 freezes a token as computed when it was still a mask (the paper's ablation).
       codec: per-token codec of the stored keys and values, such as quantize(4, axis="token").
+      prompt: whether what stands before the answer is kept like decoded tokens, as in the paper;
+        False: it is computed in every step. Where a model notes on the prompt's positions what
+        the answer has used already, kept ones are stale a step later (README, Masked diffusion).
 
     Source: dKV-Cache: The Cache for Diffusion Language Models, arXiv 2505.15781 (Decode).
     """
-    return DKVDecode(codec, refresh, delay)
+    return DKVDecode(codec, refresh, delay, prompt)

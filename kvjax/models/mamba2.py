@@ -281,4 +281,4 @@ def _grouped_norm(y: Array, groups: int, eps: float) -> Array:
 
 
 def _linear(x: Array, weight: Any, bias: Any, split: bool) -> Array:
-    return linear(x, weight[...], None if bias is None else bias[...], split)
+    return linear(x, weight[...], None if bias is None else bias[...], split=split)

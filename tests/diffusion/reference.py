@@ -99,6 +99,7 @@ def generate(
     threshold=None,
     refresh=None,
     delay=1,
+    keep_prompt=True,
     noise=None,
 ):
     """One row.
@@ -106,7 +107,7 @@ def generate(
     Args:
       never, last: LLaDA's logits_eos_inf and confidence_eos_eot_inf, as ids.
       threshold: Fast-dLLM's, in place of the quota.
-      refresh: dKV-Cache-Decode's period; None: no cache.
+      refresh: dKV-Cache-Decode's period; None: no cache. keep_prompt: False: never read from it.
       noise: (step, position) -> (uniform [V] in (0, 1), uniform scalar).
     """
     start, size = len(prompt), len(prompt) + new_tokens
@@ -126,6 +127,8 @@ def generate(
             before, decoded = decoded, {n for n in range(size) if x[n] != mask}  # D_{i-1}, D_i
             whole = refresh is None or i <= 1 or i % refresh == 0
             frozen = before if delay else decoded
+            if not keep_prompt:
+                frozen = {n for n in frozen if n >= start}
             active = [n for n in range(size) if whole or n not in frozen]
             out.active.append(active)
             logits = dict(zip(active, network(x, active)))

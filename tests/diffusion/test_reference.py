@@ -87,12 +87,12 @@ def test_llada(steps, block, how):
         (16, 8, 3, 1, {"remasking": "random", "temperature": 0.5}),
         (12, 4, 99, 1, {"guidance": 0.5}),  # the second pass has its own rows in the cache
         (8, 8, 3, 0, {}),
+        (16, 8, 8, 1, {"keep_prompt": False}),
     ],
 )
 def test_dkv_decode(steps, block, refresh, delay, how):
-    got, rows = both(
-        steps, block, refresh=refresh, delay=delay, cache=dkv_decode(refresh, delay), **how
-    )
+    cache = dkv_decode(refresh, delay, prompt=how.get("keep_prompt", True))
+    got, rows = both(steps, block, refresh=refresh, delay=delay, cache=cache, **how)
     same(got, rows)
 
 

@@ -240,6 +240,43 @@ def equations(jaxpr):
     )
 
 
+def written_in(jaxpr):
+    """Files of kvjax in which the operations of a program were written."""
+    found = set()
+    for eqn in jaxpr.eqns:
+        found |= {frame.file_name for frame in eqn.source_info.traceback.frames}
+        inner = [v for v in eqn.params.values()]
+        inner = [x for v in inner for x in (v if isinstance(v, (tuple, list)) else [v])]
+        for x in inner:
+            if hasattr(getattr(x, "jaxpr", x), "eqns"):
+                found |= written_in(getattr(x, "jaxpr", x))
+    return {name.split("/kvjax/")[1] for name in found if "/kvjax/" in name}
+
+
+def test_models_of_attention_alone_pay_nothing():
+    """Their decode step has no operation of recurrent layers, and one plain scan over layers."""
+
+    def program(config):
+        own = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+        cache = jax.eval_shape(lambda: init_cache(config, chain(store()), 1, 8))
+        one = jnp.zeros((1, 1), jnp.int32)
+
+        def run(own, cache):
+            logits, new = forward(own, one, cache.length[:, None], cache)
+            return logits, commit(cache, new)
+
+        return jax.make_jaxpr(run)(own, cache).jaxpr, own, cache
+
+    recurrent = {"models/mamba2.py", "models/recurrent.py", "cache/recurrent.py"}
+    jaxpr, _, _ = program(CONFIGS["hybrid"])
+    assert recurrent <= written_in(jaxpr)
+    plain = dataclasses.replace(CONFIGS["hybrid"], recurrence=None, recurrent_layers=())
+    jaxpr, own, cache = program(plain)
+    assert not recurrent & written_in(jaxpr) and "models/plan.py" in written_in(jaxpr)
+    assert [eqn.primitive.name for eqn in jaxpr.eqns].count("scan") == 1
+    assert not any("recurrent" in name for name in flatten(own)) and len(cache.state) == 1
+
+
 def test_program_does_not_grow_with_depth():
     def size(layers):
         recurrent = tuple(i for i in range(layers) if i % 4 != 3)
