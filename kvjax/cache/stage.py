@@ -26,8 +26,8 @@ class Commit:
       stats: statistics of the whole prompt by name; only in the bulk commit of `finish`.
       constants: arrays of the transform (calibration, codebooks, shared prefixes).
       softcap: of the model's attention logits.
-      last: what this stage passes on is forgotten, so it need not be read.
       layout: how the cache lies over devices (`kvjax.parallel.Layout`), or None; for writes.
+      last: what this stage passes on is forgotten, so it need not be read.
     """
 
     phase: Phase
@@ -36,8 +36,8 @@ class Commit:
     stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     constants: Any = None
     softcap: float | None = None
-    last: bool = False
     layout: Any = None
+    last: bool = False
 
     def rotated(self, kv: KV, unrotated: bool) -> Array:
         """The keys of `kv` [L, B, H, T, D], rotated at their positions."""

@@ -227,8 +227,8 @@ class Recent(SlotStage):
         over = None
         if not context.last:
             over = buffer.read_if(self.releases(state, kv), kv.size, leave, held)
-        reads = jax.tree.leaves(over)
-        new = tree_write(window, held, rows, buffer.after(seen, *reads), kv.count, context.layout)
+        before = buffer.after(seen, *jax.tree.leaves(over))
+        new = tree_write(window, held, rows, before, kv.count, context.layout)
         new = dataclasses.replace(new, pos=jnp.where(window.held(total) >= 0, new.pos, -1))
         return state.replace(kv=new, seen=total), over
 

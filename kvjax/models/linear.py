@@ -30,19 +30,17 @@ def linear(
     On CPU a few rows are multiplied one by one: XLA then reads the matrix where it lies, in a
     stack of layers, while a matrix product would first copy it. (SmolLM2-135M, one row: 12 ms
     against 22 for all layers.) A few rows by a large matrix read it 1.4 times as fast with the
-    matrix first. Elsewhere this is one matrix product; and where `split` says that rows may lie
-    on different devices, so that each multiplies its own.
+    matrix first. Elsewhere this is one matrix product; and where `split` says that rows or matrices
+    may lie on several devices, so that each multiplies what it has.
     """
     flat = x.reshape(-1, x.shape[-1])
     rows, size = flat.shape[0], weight.size * weight.dtype.itemsize
     fused = flat.shape[1] * flat.dtype.itemsize < FUSED
     form = _product
-    if fused and (rows == 1 or (rows <= ROWS and size <= SMALL)):
+    if not split and fused and (rows == 1 or (rows <= ROWS and size <= SMALL)):
         form = _row_by_row
-    elif rows <= FEW:
+    elif not split and rows <= FEW:
         form = _matrix_first
-    if split:
-        form = _product
     dtype = x.dtype if dtype is None else dtype
     cpu, default = (functools.partial(f, dtype=dtype) for f in (form, _product))
     if form is _product:

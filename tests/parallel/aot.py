@@ -58,6 +58,9 @@ def main(method: str = "dense", mesh: str = "tensor=8,context=2") -> None:
                 "seconds": time.perf_counter() - begin,
                 "arguments": memory.argument_size_in_bytes,
                 "weights": weights(layout),
+                "largest": max(
+                    n * x.dtype.itemsize for n, x in zip(sizes, jax.tree.leaves(moving))
+                ),
                 "temporaries": memory.temp_size_in_bytes,
                 "alias": memory.alias_size_in_bytes,
                 "state": sum(n * x.dtype.itemsize for n, x in zip(sizes, jax.tree.leaves(moving))),

@@ -32,7 +32,10 @@ def test_decode_step_of_70b_for_v5e_4x4(method):
     assert row["weights"] < 1.02 * 70.55e9 * 2 / 16
     assert row["arguments"] < row["weights"] + row["state"] + 2**20
     assert row["arguments"] + row["temporaries"] < 12e9  # of 16 GB
-    assert row["temporaries"] < 2**24
+    # Nothing of an exact cache is copied; of a packed one the codes of keys or values are, once in
+    # a step (docs/kernels.md says which).
+    copied = 0 if method == "dense" else row["largest"]
+    assert row["temporaries"] < copied + 2**24
     assert row["alias"] >= row["state"] - 2**16
     # The largest collective is of one row of activations or logits, not of a cache.
     assert row["moved"] <= 128256
