@@ -27,6 +27,8 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m kvjax.models.embedded
+	@# The TPU compiler, for tests that compile without a TPU; they are skipped where it is not.
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[aot]'
 	KVJAX_HYPOTHESIS=all $(BIN)/python -m pytest -q
 
 lint: setup

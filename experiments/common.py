@@ -17,6 +17,8 @@ import rich.box
 import rich.console
 import rich.table
 
+from kvjax.parallel import agree, is_main
+
 # Where the output is no terminal (a log), tables get the width that they need.
 console = rich.console.Console()
 if not console.is_terminal:
@@ -55,6 +57,7 @@ def environment() -> dict[str, Any]:
         "numpy": numpy.__version__,
         "platform": jax.default_backend(),
         "devices": [d.device_kind for d in jax.devices()],
+        "processes": jax.process_count(),
         "machine": platform.machine(),
         "processor": _processor(),
         "cpus": len(os.sched_getaffinity(0))
@@ -72,7 +75,7 @@ def _processor() -> str:
 
 
 class Results:
-    """Rows by name in `<out>/results.json`, written whole after each row, atomically.
+    """Rows by name in `<out>/results.json`, written whole after each row, atomically, by process 0.
 
     Started again on the same folder with the same settings, it has the rows of before; with other
     settings it refuses.
@@ -83,6 +86,13 @@ class Results:
         self.key = key
         self.settings = json.loads(json.dumps(settings))
         self.rows: list[dict[str, Any]] = []
+        if is_main():
+            self._load()
+        self.rows = agree(self.rows)
+
+    def _load(self) -> None:
+        """The rows of before; of several processes only the main one reads and writes."""
+        key = self.key
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             try:
@@ -122,6 +132,8 @@ class Results:
     def write(self, order: Sequence[str] | None = None) -> None:
         if order is not None:
             self.rows.sort(key=lambda r: order.index(r[self.key]) if r[self.key] in order else 1e9)
+        if not is_main():
+            return
         text = json.dumps(
             {"settings": self.settings, "environment": environment(), "rows": self.rows}, indent=1
         )
@@ -162,6 +174,8 @@ def table(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, An
     Args:
       columns: key -> "heading|format", e.g. {"nll": "NLL|.3f"}; a missing value is a dash.
     """
+    if not is_main():
+        return
     grid = rich.table.Table(
         title=title, title_justify="left", box=rich.box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
     )

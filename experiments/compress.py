@@ -24,6 +24,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from experiments import common, report
 from experiments.common import setting, settings
 from kvjax import cache as kv
+from kvjax import parallel
+from kvjax.calibrate import find
 from kvjax.compress import parse
 from kvjax.decode import extend, generate, positions_of, score
 from kvjax.evaluate import agreement, found, load_text, needles, samples
@@ -55,6 +57,17 @@ flags.DEFINE_integer("seed", 0, "Of the needles.")
 flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "Of parameters, exact keys and values."
 )
+flags.DEFINE_string(
+    "mesh",
+    "",
+    "Devices as a grid, such as data=2,tensor=2,context=2; empty: one device, or with several "
+    "processes all devices along data.",
+)
+flags.DEFINE_string(
+    "calibration",
+    "results/calibration",
+    "Folder of `experiments.calibrate`, for calibrated methods.",
+)
 flags.DEFINE_string("out", "results/compress", "Folder for results.json, pareto.png, report.html.")
 flags.DEFINE_bool("compile_cache", False, "Keep compiled programs in the user's cache folder.")
 FLAGS = flags.FLAGS
@@ -77,7 +90,7 @@ SETTINGS = (
     "model", "text", "context", "continuation", "offsets", "needles", "needle_lengths",
     "needle_modes", "rounds", "seed", "dtype",
 )  # fmt: skip
-OTHERS = ("methods", "out", "compile_cache")
+OTHERS = ("methods", "out", "compile_cache", "mesh", "calibration")
 SEGMENT = 32  # tokens per scoring call, also the unit of timing
 ANSWER = 8  # tokens decoded per needle
 
@@ -98,10 +111,12 @@ class Exact:
     seconds: float
 
 
-@functools.partial(jax.jit, static_argnames=("statistics",))
-def _forward(model: Any, tokens: Array, positions: Array, statistics: bool) -> Any:
+@functools.partial(jax.jit, static_argnames=("statistics", "marks"))
+def _forward(
+    model: Any, tokens: Array, positions: Array, statistics: bool, marks: tuple = ()
+) -> Any:
     logits, new = forward(
-        model, tokens, positions, phase="prefill", logits="last", statistics=statistics
+        model, tokens, positions, phase="prefill", logits="last", statistics=statistics, marks=marks
     )
     return logits[:, 0], new
 
@@ -111,23 +126,25 @@ def _commit(moving: Any, rest: Any, new: Any) -> Any:
     return kv.apart(kv.finish(kv.commit(kv.together(moving, rest), new, phase="prefill")))[0]
 
 
-def exact_prefill(model: Any, tokens: Array, timed: bool) -> Exact:
+def exact_prefill(model: Any, tokens: Array, timed: bool, marks: tuple = ()) -> Exact:
     positions = positions_of(tokens)
     seconds = 0.0
     for _ in range(2 if timed else 1):
         start = time.perf_counter()
-        logits, new = jax.block_until_ready(_forward(model, tokens, positions, True))
+        logits, new = jax.block_until_ready(_forward(model, tokens, positions, True, marks))
         seconds = time.perf_counter() - start
     return Exact(new, logits, *tokens.shape, seconds)
 
 
 def compressed(
-    config: Any, exact: Exact, chain: Any, room: int, dtype: Any, timed: bool = False
-) -> tuple[Any, float]:
+    config: Any, exact: Exact, chain: Any, room: int, dtype: Any, timed: bool = False,
+    layout: Any = None, constants: Any = None,
+) -> tuple[Any, float]:  # fmt: skip
     """The cache of a method after an exact prefill; seconds that commit and finish took."""
     cache = kv.init_cache(
-        config, chain, exact.batch, exact.time + room, prompt=exact.time, dtype=dtype
-    )
+        config, chain, exact.batch, exact.time + room, prompt=exact.time, dtype=dtype,
+        constants=constants, layout=layout,
+    )  # fmt: skip
     moving, rest = kv.apart(cache)
     seconds = 0.0
     for _ in range(2 if timed else 1):  # the first call compiles
@@ -141,7 +158,7 @@ def join(a: Any, b: Any) -> Any:
     """Two results of `forward`, the rows of the one after those of the other."""
     axis = lambda n: lambda x, y: jnp.concatenate([x, y], n)  # noqa: E731
     cat = axis(3)
-    rows = kv.KV(cat(a.kv.k, b.kv.k), cat(a.kv.v, b.kv.v), cat(a.kv.pos, b.kv.pos))
+    rows = jax.tree.map(cat, a.kv, b.kv)
     seen = kv.Observation(
         cat(a.seen.q, b.seen.q), cat(a.seen.max, b.seen.max), cat(a.seen.sum, b.seen.sum),
         axis(1)(a.seen.pos, b.seen.pos), a.seen.span,
@@ -152,11 +169,24 @@ def join(a: Any, b: Any) -> Any:
 class Job:
     """The prompts and their exact prefills, and the dense run that methods are compared with."""
 
-    def __init__(self, settings: dict[str, Any], methods: list[tuple[str, Any]]):
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        methods: list[tuple[str, Any]],
+        layout: parallel.Layout | None = None,
+        calibration: str = "",
+    ):
         self.settings = settings
+        self.layout = layout
         self.dtype = jnp.dtype(settings["dtype"])
-        self.model, self.tokenizer = load(settings["model"], dtype=self.dtype)
+        where = None if layout is None else parallel.parameter_sharding(layout.mesh, layout.rules)
+        self.model, self.tokenizer = load(settings["model"], dtype=self.dtype, sharding=where)
         self.config = self.model.config
+        self.constants = {}
+        for label, chain in methods:
+            names = chain.constants(self.config.head_dim)
+            self.constants[chain] = find(calibration, label, names, self.model) if names else None
+        self.marks = tuple(dict.fromkeys(m for _, c in methods for m in c.input_marks))
         text = load_text(settings["text"])
         context, more = settings["context"], settings["continuation"]
         windows = samples(text, self.tokenizer, settings["offsets"], context + more)
@@ -175,20 +205,34 @@ class Job:
         ]
         self.needles = [batch for batch in self.needles if batch]
         self._check(methods)  # whatever is wrong is said by now; from here on things are compiled
-        self.continuation = jnp.asarray(windows[:, context:])
-        self.exact = exact_prefill(self.model, jnp.asarray(windows[:, :context]), timed=True)
+        self.continuation = self._rows(windows[:, context:])
+        self.exact = exact_prefill(
+            self.model, self._rows(windows[:, :context]), timed=True, marks=self.marks
+        )
         self.dense_cache: Any = None
         self.dense_logits: Array | None = None
         self.needle_exact: list[tuple[Exact, Any, Array]] = []
         for batch in self.needles:
-            tokens = jnp.asarray([n.context for n in batch])
-            exact = exact_prefill(self.model, tokens, timed=False)
-            question = jnp.asarray([n.question for n in batch])
+            tokens = self._rows([n.context for n in batch])
+            exact = exact_prefill(self.model, tokens, timed=False, marks=self.marks)
+            question = self._rows([n.question for n in batch])
             self.needle_exact.append((exact, *self._question(exact, question)))
+
+    def _rows(self, tokens: Any) -> Array:
+        """Token ids [B, T] on the devices that hold these rows."""
+        tokens = np.asarray(tokens, np.int32)
+        return jnp.asarray(tokens) if self.layout is None else self.layout.rows(tokens)
 
     def _check(self, methods: list[tuple[str, Any]]) -> None:
         """Refuses methods that do not fit the model or a size that the run will ask of them."""
         settings = self.settings
+        parts = 1 if self.layout is None else self.layout.mesh.shape["data"]
+        for name, count in (
+            ("offsets", len(settings["offsets"])),
+            ("needles", settings["needles"]),
+        ):
+            if count % parts:
+                raise ValueError(f"{name}: {count} samples do not divide into data={parts} parts")
         sizes = [(len(settings["offsets"]), settings["context"], settings["continuation"])]
         for batch in self.needles:
             length, asked = len(batch[0].context), len(batch[0].question)
@@ -201,7 +245,13 @@ class Job:
                 try:
                     jax.eval_shape(
                         lambda chain=chain, batch=batch, prompt=prompt, more=more: kv.init_cache(
-                            self.config, chain, batch, prompt + more, prompt=prompt
+                            self.config,
+                            chain,
+                            batch,
+                            prompt + more,
+                            prompt=prompt,
+                            layout=self.layout,
+                            constants=self.constants[chain],
                         )
                     )
                 except ValueError as error:
@@ -211,14 +261,20 @@ class Job:
         """The question's rows, computed exactly after the context: (new, logits [B, V])."""
         cache = kv.init_cache(
             self.config, kv.chain(kv.store()), exact.batch, exact.time + question.shape[1],
-            prompt=exact.time, dtype=self.dtype,
+            prompt=exact.time, dtype=self.dtype, layout=self.layout,
         )  # fmt: skip
         cache = kv.commit(cache, exact.new, phase="prefill")
         positions = positions_of(question) + exact.time
         logits, new = jax.jit(
-            functools.partial(forward, logits="last", statistics=True, phase="append")
+            functools.partial(
+                forward, logits="last", statistics=True, phase="append", marks=self.marks
+            )
         )(self.model, question, positions, cache)
         return join(exact.new, new), logits[:, 0]
+
+    def _compressed(self, exact: Exact, chain: Any, room: int, timed: bool = False) -> Any:
+        given = self.constants[chain]
+        return compressed(self.config, exact, chain, room, self.dtype, timed, self.layout, given)
 
     def run(self, label: str, chain: Any, progress: Any) -> dict[str, Any]:
         """All figures of one method."""
@@ -236,7 +292,7 @@ class Job:
     def quality(self, chain: Any, dense: bool) -> tuple[dict[str, Any], Any]:
         """Figures of the continuation; and the cache as it was at the end of the context."""
         more = self.continuation.shape[1]
-        first, seconds = compressed(self.config, self.exact, chain, more, self.dtype, timed=True)
+        first, seconds = self._compressed(self.exact, chain, more, timed=True)
         cache = first
         logits = self.exact.logits
         size = kv.nbytes(cache)
@@ -270,14 +326,14 @@ class Job:
     def needle_test(self, chain: Any) -> dict[str, Any]:
         hits: dict[str, list[bool]] = {mode: [] for mode in self.settings["needle_modes"]}
         for batch, (exact, whole, logits) in zip(self.needles, self.needle_exact):
-            question = jnp.asarray([n.question for n in batch])
+            question = self._rows([n.question for n in batch])
             asked = question.shape[1]
             if "aware" in hits:
                 both = dataclasses.replace(exact, new=whole, logits=logits, time=exact.time + asked)
-                cache, _ = compressed(self.config, both, chain, ANSWER, self.dtype)
+                cache, _ = self._compressed(both, chain, ANSWER)
                 hits["aware"] += self._answers(cache, logits, batch)
             if "agnostic" in hits:
-                cache, _ = compressed(self.config, exact, chain, asked + ANSWER, self.dtype)
+                cache, _ = self._compressed(exact, chain, asked + ANSWER)
                 positions = positions_of(question) + exact.time
                 after, cache = extend(self.model, cache, question, positions, phase="append")
                 hits["agnostic"] += self._answers(cache, after, batch)
@@ -286,7 +342,7 @@ class Job:
 
     def _answers(self, cache: Any, logits: Array, batch: Any) -> list[bool]:
         out = generate(self.model, cache, logits, ANSWER, stop=(), donate=True)
-        texts = self.tokenizer.decode_batch(np.asarray(out.tokens))
+        texts = self.tokenizer.decode_batch(parallel.fetch(out.tokens))
         return [found(needle.answer, text) for needle, text in zip(batch, texts)]
 
     def speed(self, own: Any) -> dict[str, Any]:
@@ -337,11 +393,17 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
+        processes = parallel.init()
         settings = settings_of(FLAGS)
         # Dense first, since all are compared with it; each method once.
         methods = list(dict([*parse("dense"), *parse(setting(FLAGS, "methods"))]).items())
         out = setting(FLAGS, "out")
         keep_compiled = setting(FLAGS, "compile_cache")
+        mesh = setting(FLAGS, "mesh") or (f"data={len(jax.devices())}" if processes > 1 else "")
+        if mesh:
+            settings["mesh"] = mesh
+        layout = parallel.Layout(parallel.make_mesh(mesh)) if mesh else None
+        calibration = setting(FLAGS, "calibration")
         results = common.Results(out, settings)
     except ValueError as error:
         raise app.UsageError(str(error)) from None
@@ -352,8 +414,10 @@ def main(argv: list[str]) -> None:
     order = [label for label, _ in methods]
     todo = [m for m in methods if results.get(m[0]) is None]
     if todo:
-        run(settings, methods, todo, results)
+        run(settings, methods, todo, results, layout, calibration)
     results.write(order)
+    if not parallel.is_main():
+        return
     rows = [r for r in results.rows if r["method"] in order]
     common.table("KV-cache methods", COLUMNS, rows)
     for row in rows:
@@ -364,12 +428,20 @@ def main(argv: list[str]) -> None:
         common.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-def run(settings: Any, methods: Any, todo: Any, results: common.Results) -> None:
+def run(
+    settings: Any,
+    methods: Any,
+    todo: Any,
+    results: common.Results,
+    layout: Any = None,
+    calibration: str = "",
+) -> None:
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=common.console) as progress:
+    quiet = not parallel.is_main()
+    with Progress(*columns, console=common.console, disable=quiet) as progress:
         task = progress.add_task("loading and exact prefill", total=1 + 3 * len(todo))
         try:
-            job = Job(settings, methods)
+            job = Job(settings, methods, layout, calibration)
         except (ValueError, FileNotFoundError) as error:
             raise app.UsageError(str(error)) from None
         progress.advance(task)
@@ -380,7 +452,8 @@ def run(settings: Any, methods: Any, todo: Any, results: common.Results) -> None
             try:
                 row = job.run(label, chain, lambda: progress.advance(task))
             except Exception as error:  # one method's failure must not cost the others
-                if label == "dense":
+                # Nor may one process go on without the others, which wait for it.
+                if label == "dense" or jax.process_count() > 1:
                     raise
                 row = {"method": label, "error": f"{type(error).__name__}: {error}"}
                 common.console.print(traceback.format_exc(), markup=False, highlight=False)
@@ -388,4 +461,4 @@ def run(settings: Any, methods: Any, todo: Any, results: common.Results) -> None
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(parallel.fail_together(main))

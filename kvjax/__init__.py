@@ -13,8 +13,8 @@ from __future__ import annotations
 import importlib
 
 _MODULES = (
-    "cache", "codecs", "compress", "data", "decode", "diffusion", "evaluate", "models",
-    "speculate", "train",
+    "cache", "calibrate", "codecs", "compress", "data", "decode", "diffusion", "evaluate", "models",
+    "parallel", "speculate", "train",
 )  # fmt: skip
 _HOMES = {
     "Cache": "cache",

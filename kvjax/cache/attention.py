@@ -31,6 +31,14 @@ def dot_values(p: Array, v: Array) -> Array:
     )
 
 
+def visible(query: Query, pos: Array, rows: Array) -> Array:
+    """bool [..., R or 1, N]: which tokens at pos [..., N] each row at rows [..., R] may see."""
+    there = (pos >= 0)[..., None, :]
+    if not query.window:
+        return there
+    return there & (rows[..., :, None] - pos[..., None, :] < query.span)
+
+
 def layer_of(x: Array, layer: Array, start: Array | int = 0, size: int | None = None) -> Array:
     """One layer of a stacked buffer, slots [start, start + size) of its axis 3, by one slice."""
     size = x.shape[3] if size is None else size
@@ -109,10 +117,11 @@ def attend_slots(
     Args:
       kv: k, v [L, B, H, N, D]. A column named "bias" is added to the logits.
       layer: int32 scalar.
-      used: int32 scalar or [B] (of each row), slots from there on are known to be empty.
+      used: int32 scalar or [B] (of each row), slots of the whole buffer from there on are known to
+        be empty.
       unrotated: keys are stored before rotation: rotate them at their positions here.
       q: use these queries [B, Hq, T, D] in place of `query.q`.
-      hidden: bool [B, N], held slots that must not be read (superseded by new rows).
+      hidden: bool [B, N], slots at hand that must not be read (superseded by new rows).
       pair: codecs of keys and values (`.k`, `.v`); None: the buffer is exact.
 
     Returns:
@@ -120,6 +129,8 @@ def attend_slots(
     """
     heads, slots = kv.lead[2], kv.size
     q = query.q if q is None else q
+    if used is not None:
+        used = jnp.clip(used - query.base(slots), 0, slots)
     if pair is None and not unrotated:
         held = kv
         if hidden is not None:

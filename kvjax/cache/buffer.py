@@ -89,11 +89,14 @@ def _match(pos: Array, index: Array) -> tuple[Array, Array]:
     )
 
 
-def put_rows(x: Array, slot: Array, rows: Array) -> Array:
+def put_rows(x: Array, slot: Array, rows: Array, layout: Any = None) -> Array:
     """Writes rows [L, B, H, T, ...] into x [L, B, H, N, ...] at `slot` [L or 1, B, H or 1, T].
 
-    A slot outside [0, N) drops its row. Slots of one row of the batch must differ.
+    A slot outside [0, N) drops its row. Slots of one row of the batch must differ. With a layout
+    that splits slots over devices, each writes the rows whose slots it holds.
     """
+    if layout is not None:
+        return layout.write(put_rows, x, slot, rows)
     size = x.shape[3]
     slot = jnp.where((slot >= 0) & (slot < size), slot, size)
     if rows.shape[3] > FEW:
@@ -123,17 +126,17 @@ def _put_many(x: Array, slot: Array, rows: Array) -> Array:
     return jnp.where(fresh.reshape(fresh.shape + (1,) * (x.ndim - 4)), got.astype(x.dtype), x)
 
 
-def put(buffer: KV, slot: Array, rows: KV) -> KV:
+def put(buffer: KV, slot: Array, rows: KV, layout: Any = None) -> KV:
     """Writes tokens at `slot` [L or 1, B, H or 1, T]; outside the buffer or empty: dropped.
 
-    Columns that the rows lack become 0.
+    Columns that the rows lack become 0. `layout`: see `put_rows`.
     """
     lead = buffer.pos.shape[:3]
     pos = jnp.broadcast_to(rows.pos, (*lead, rows.size))
     slot = jnp.where(pos >= 0, jnp.broadcast_to(slot, pos.shape), buffer.size)
 
     def write(x: Array, new: Array) -> Array:
-        return put_rows(x, slot, new)
+        return put_rows(x, slot, new, layout)
 
     return KV(
         *jax.tree.map(write, (buffer.k, buffer.v), (rows.k, rows.v)),

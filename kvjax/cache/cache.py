@@ -15,7 +15,7 @@ from kvjax.cache import buffer
 from kvjax.cache.chain import Chain, chain
 from kvjax.cache.kernels import Kernels, check_kernels
 from kvjax.cache.recurrent import Recurrence
-from kvjax.cache.stage import FOREVER, Commit, Stage
+from kvjax.cache.stage import FOREVER, Commit, InputMark, Stage
 from kvjax.cache.types import (
     KV,
     PHASES,
@@ -31,7 +31,7 @@ from kvjax.cache.types import (
 )
 
 
-@pytree("transforms", "groups", "softcap", "max_length", "kernels")
+@pytree("transforms", "groups", "softcap", "max_length", "kernels", "layout")
 class Cache:
     """Everything that is held of a batch of sequences. Immutable.
 
@@ -43,6 +43,8 @@ class Cache:
       groups: which layers each group holds, counted among the layers of its kind; static.
       kernels: what attends to held tokens where it can, static: "xla" (plain JAX), the Pallas
         kernels for "tpu" or "gpu", or "interpret" (those for TPU, on any backend, for tests).
+      layout: how the arrays lie over the devices of a mesh (`kvjax.parallel.Layout`), static;
+        None: wherever they are.
     """
 
     state: tuple[Any, ...]
@@ -53,6 +55,7 @@ class Cache:
     softcap: float | None
     max_length: int
     kernels: Kernels = "xla"
+    layout: Any = None
 
     def replace(self, **changes: Any) -> Cache:
         return dataclasses.replace(self, **changes)
@@ -61,6 +64,12 @@ class Cache:
     def needs_attention(self) -> bool:
         """Whether commits must be given attention statistics."""
         return any(t.needs_attention(s) for t, s in zip(self.transforms, self.state))
+
+    @property
+    def input_marks(self) -> tuple[InputMark, ...]:
+        """Columns that `forward` must make from what each layer reads."""
+        found = (mark for n in self.chains for mark in self.transforms[n].input_marks)
+        return tuple(dict.fromkeys(found))
 
     @property
     def streaming(self) -> bool:
@@ -113,6 +122,7 @@ def init_cache(
     constants: Mapping[str, Any] | None = None,
     recurrence: Recurrence | None = None,
     kernels: Kernels = "xla",
+    layout: Any = None,
 ) -> Cache:
     """An empty cache for a model.
 
@@ -132,12 +142,18 @@ def init_cache(
         first axis that of layers, or of size 1.
       recurrence: how the state of recurrent layers is held; None: as the model's layers say.
       kernels: "xla", "tpu", "gpu" or "interpret", see `Cache`; `kvjax.cache.kernels` says where
-        kernels apply.
+        kernels apply. On several devices only "xla".
+      layout: `kvjax.parallel.Layout`, how the cache lies over the devices of a mesh.
 
     Raises:
-      ValueError: sizes that do not fit each other, the model or the transform.
+      ValueError: sizes that do not fit each other, the model, the transform or the mesh.
     """
     check_kernels(kernels)
+    if kernels != "xla" and layout is not None and layout.mesh.size > 1:
+        raise ValueError(
+            f"kernels={kernels!r} on a mesh of {layout.mesh.size} devices: XLA cannot split a "
+            "kernel over them; expected 'xla'"
+        )
     if isinstance(transform, Stage):
         transform = chain(transform)
     if not isinstance(transform, Chain):
@@ -177,35 +193,56 @@ def init_cache(
     if exact:
         plan.append((tuple(sorted(exact)), chain(store())))
     plan = [(layers, t) for layers, t in plan if layers]
-    states = []
-    for layers, t in plan:
-        spec = Spec(
-            len(layers),
-            batch,
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
-            max_length,
-            prompt,
-            prompt,
-            dtype,
+    constants = dict(constants or {})
+    missing = sorted(set(transform.constants(config.head_dim)) - constants.keys())
+    if missing and rest:
+        raise ValueError(
+            f"constants has no {', '.join(map(repr, missing))}, which {transform} reads: calibrate "
+            "it for this model first (python -m experiments.calibrate)"
         )
-        states.append(t.init(spec))
-    if config.recurrent_layers:
-        layers = len(config.recurrent_layers)
-        recurrence = config.recurrence if recurrence is None else recurrence
-        plan.append((tuple(range(layers)), recurrence))
-        states.append(recurrence.init(layers, batch, dtype))
-    return Cache(
-        tuple(states),
-        jnp.zeros((batch,), jnp.int32),
-        {"rope": rope_of(config, max_length), "span": span_of(config), **(constants or {})},
-        tuple(t for _, t in plan),
-        tuple(layers for layers, _ in plan),
-        config.attention_softcap,
-        max_length,
-        kernels,
-    )
+    if exact:  # the others read no constants: each array is cut to the layers that do
+        cut = lambda x: x[np.asarray(rest)] if x.shape[0] == len(attention) else x  # noqa: E731
+        constants = jax.tree.map(cut, constants)
+
+    def empty() -> Cache:
+        states = []
+        for layers, t in plan:
+            spec = Spec(
+                len(layers),
+                batch,
+                config.heads,
+                config.kv_heads,
+                config.head_dim,
+                max_length,
+                prompt,
+                prompt,
+                dtype,
+                shards=1 if layout is None else layout.shards,
+            )
+            states.append(t.init(spec))
+        held = list(plan)
+        if config.recurrent_layers:
+            layers = len(config.recurrent_layers)
+            own = config.recurrence if recurrence is None else recurrence
+            held.append((tuple(range(layers)), own))
+            states.append(own.init(layers, batch, dtype))
+        return Cache(
+            tuple(states),
+            jnp.zeros((batch,), jnp.int32),
+            {"rope": rope_of(config, max_length), "span": span_of(config)},
+            tuple(t for _, t in held),
+            tuple(layers for layers, _ in held),
+            config.attention_softcap,
+            max_length,
+            kernels,
+            layout,
+        )
+
+    if layout is None:
+        cache = empty()
+    else:
+        cache, constants = layout.create(empty), layout.everywhere(constants)
+    return cache.replace(constants={**cache.constants, **constants})
 
 
 def rope_of(config: Any, length: int) -> Rope:
@@ -309,9 +346,14 @@ def commit(cache: Cache, new: New, keep: Array | None = None, phase: Phase = "de
             seen = _observe(new.seen, index, rows.pos[0, :, 0], layers)
         if not transform.unrotated:
             own = dataclasses.replace(own, k=rotate(own.k, own.pos, rope))
-        context = Commit(phase, rope, seen, {}, cache.constants, cache.softcap)
+        context = Commit(phase, rope, seen, {}, cache.constants, cache.softcap, cache.layout)
         states.append(transform.commit(state, own, context))
-    return cache.replace(state=tuple(states), length=length)
+    return _placed(cache.replace(state=tuple(states), length=length))
+
+
+def _placed(cache: Cache) -> Cache:
+    """Keeps a sharded cache's arrays on the devices that its layout says."""
+    return cache if cache.layout is None else cache.layout.constrain(cache)
 
 
 def _layers(kv: KV, layers: tuple[int, ...], new: New) -> KV:
@@ -351,9 +393,9 @@ def finish(cache: Cache, stats: Mapping[str, Any] | None = None) -> Cache:
     states = list(cache.state)
     for n in cache.chains:
         rope = _rope(cache, cache.groups[n])
-        context = Commit("prefill", rope, None, {}, cache.constants, cache.softcap)
+        context = Commit("prefill", rope, None, {}, cache.constants, cache.softcap, cache.layout)
         states[n] = cache.transforms[n].finish(states[n], context, stats)
-    return cache.replace(state=tuple(states))
+    return _placed(cache.replace(state=tuple(states)))
 
 
 def horizon(cache: Cache) -> Array:

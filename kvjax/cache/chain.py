@@ -12,7 +12,16 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.attention import attend_slots
-from kvjax.cache.stage import FOREVER, Column, Commit, Stage, Statistic, observe_slots, total
+from kvjax.cache.stage import (
+    FOREVER,
+    Column,
+    Commit,
+    InputMark,
+    Stage,
+    Statistic,
+    observe_slots,
+    total,
+)
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, pytree
 
 
@@ -68,6 +77,15 @@ class Chain:
         return _union(stage.columns for stage in self.stages)
 
     @property
+    def input_marks(self) -> tuple[InputMark, ...]:
+        """Columns that `forward` makes from what each layer reads."""
+        return tuple(column for column in self.columns if isinstance(column, InputMark))
+
+    def constants(self, width: int) -> tuple[str, ...]:
+        """Names of the constants that the stages read."""
+        return _union(stage.constants(width) for stage in self.stages)
+
+    @property
     def statistics(self) -> tuple[Statistic, ...]:
         return _union(stage.statistics for stage in self.stages)
 
@@ -77,7 +95,7 @@ class Chain:
 
     def _columns_from(self, place: int) -> tuple[Column, ...]:
         """Columns held at `place`: what it and later stages ask for, and what tokens bring."""
-        brought = (c for stage in self.stages[:place] for c in stage.columns if not c.observes)
+        brought = (c for stage in self.stages[:place] for c in stage.columns if c.lasting)
         return _union([brought, *(stage.columns for stage in self.stages[place:])])
 
     def _observing(self, place: int = 0) -> tuple[Column, ...]:
@@ -94,7 +112,7 @@ class Chain:
         jax.eval_shape(lambda: self._init_stages(spec))  # raises what is wrong with sizes, early
         names = tuple(column.name for column in self.columns)
         return Pending(
-            buffer.empty(spec, spec.prompt, names),
+            buffer.empty(spec, spec.slots(spec.prompt), names),
             jnp.zeros((1, spec.batch, 1), jnp.int32),
             {s.name: s.init(spec) for s in self.statistics},
             spec,
@@ -125,8 +143,7 @@ class Chain:
     ) -> tuple[Partial, tuple[Any, ...]]:
         """Attention of the query rows over everything held: a fold of the stages' partials."""
         if isinstance(state, Pending):
-            used = jnp.max(state.seen)
-            return attend_slots(state.kv, layer, query, used, state.spec.unrotated), carry
+            return _attend(_attend_pending, state, layer, query, carry)
         if any(getattr(stage, "positions", "true") == "slot" for stage in self.stages):
             opening = jnp.min(jnp.where(query.pos >= 0, query.pos, FOREVER), 1)
             query = dataclasses.replace(query, gap=opening - self.held(state))
@@ -135,7 +152,7 @@ class Chain:
         for place, (stage, own) in enumerate(zip(self.stages, state)):
             if own is None:
                 continue
-            part, carry[place] = stage.attend(own, layer, query, carry[place])
+            part, carry[place] = _attend(stage.attend, own, layer, query, carry[place])
             if part is not None:
                 done = part if done is None else merge(done, part)
         done = Partial.identity(shape, query.q.shape[-1]) if done is None else done
@@ -166,6 +183,12 @@ class Chain:
                 "exactly until finish(cache), because a stage needs all of it: "
                 f"{', '.join(str(s) for s in self.stages if not s.streaming)}"
             )
+        absent = [m.name for m in self.input_marks if m.name not in kv.extra]
+        if absent:
+            raise ValueError(
+                f"this chain needs the columns {absent} of a prompt's tokens: call "
+                "forward(..., cache) with the same cache, so that it makes them"
+            )
         held = observe_slots(state.kv, self._observing(), context, self.unrotated)
         slot = state.seen[..., None] + jnp.arange(kv.size, dtype=jnp.int32)
         stats = state.stats
@@ -177,7 +200,8 @@ class Chain:
                 )
             k = context.rotated(kv, self.unrotated)
             stats = {s.name: s.update(stats[s.name], k, context) for s in self.statistics}
-        return Pending(buffer.put(held, slot, kv), state.seen + kv.count, stats, state.spec)
+        held = buffer.put(held, slot, kv, context.layout)
+        return Pending(held, state.seen + kv.count, stats, state.spec)
 
     def _push(self, place: int, state: tuple, kv: KV, context: Commit) -> tuple:
         """Commits into the stages from `place` on; `state` is theirs."""
@@ -244,6 +268,18 @@ class Chain:
             if final:
                 return reach
         return jnp.ones_like(reach)  # what leaves the last stage is forgotten at once
+
+
+def _attend(attend: Any, state: Any, layer: Array, query: Query, carry: Any) -> Any:
+    """`attend`, where slots are split over devices by each of them for its own."""
+    if query.layout is None:
+        return attend(state, layer, query, carry)
+    return query.layout.attend(attend, state, layer, query, carry)
+
+
+def _attend_pending(state: Pending, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
+    used = jnp.max(state.seen)
+    return attend_slots(state.kv, layer, query, used, state.spec.unrotated), carry
 
 
 def _union(groups: Any) -> tuple:

@@ -19,6 +19,7 @@ from jax import Array
 from kvjax.cache.attention import block_size, blockwise, layer_of
 from kvjax.cache.buffer import put_rows
 from kvjax.cache.types import Partial, Query, Spec, merge, pytree
+from kvjax.codecs import PerKV, joins_heads
 
 # Tokens per page of a pool: every head wastes less than one page.
 PAGE = 16
@@ -29,6 +30,15 @@ CHUNK = 64
 def per_layer(x: Array, layer: Array) -> Array:
     """[L or 1, ...] -> [...] of one layer."""
     return jax.lax.dynamic_index_in_dim(x, layer if x.shape[0] > 1 else 0, 0, keepdims=False)
+
+
+def check_heads(pair: PerKV, spec: Spec) -> None:
+    """Raises ValueError where a codec takes several heads together that hold different tokens."""
+    if (spec.per_head or spec.totals is not None) and joins_heads(pair):
+        raise ValueError(
+            f"store(codec={pair}) codes several heads together, but what comes here are other "
+            "tokens for each head"
+        )
 
 
 @pytree("slots", "unit")
@@ -54,9 +64,11 @@ class Rectangle:
     def allocate(self, count: Array) -> Rectangle:
         return self
 
-    def write(self, x: Array, index: Array, rows: Array, block: int = 1) -> Array:
+    def write(
+        self, x: Array, index: Array, rows: Array, block: int = 1, layout: Any = None
+    ) -> Array:
         """Units `rows` [L, B, H, M, ...] at unit `index` [L or 1, B, H or 1, M]; -1: dropped."""
-        return put_rows(x, index, rows)
+        return put_rows(x, index, rows, layout)
 
     def gather(self, x: Array, layer: Array, index: Array, block: int = 1) -> Array:
         """Units `index` [B, H or 1, M] of one layer: [B, H, M, ...]."""
@@ -71,12 +83,14 @@ class Rectangle:
         q: Array,
         rows: Array,
         coded: Array,
+        slots: int,
         part: Callable[[Callable, Array, Array, Array], Partial],
     ) -> Partial:
         """Attention of q [B, H, R, D] over the first `coded` [B, H or 1] tokens of each head.
 
         Args:
           rows: positions of the query rows, int32 [B, H, R].
+          slots: how many tokens there is room for in the arrays at hand.
           part: (read, mask, q, rows) -> Partial, where read(x, block) gives the arrays of the
             tokens at hand, [.., N / block, ...], and mask [.., N] says which of them count.
         """
@@ -91,7 +105,7 @@ class Rectangle:
             return part(read, mask, q, rows)
 
         size = block_size(q.shape[0] * q.shape[1] * q.shape[3], self.unit)
-        return blockwise(query, self.slots, jnp.max(coded), block, size, self.unit)
+        return blockwise(query, slots, jnp.max(coded), block, size, self.unit)
 
 
 @pytree("starts", "page")
@@ -155,7 +169,9 @@ class Pool:
         address = (first * self.page).reshape(count.shape).astype(jnp.int32)
         return dataclasses.replace(self, address=address, owner=owner.astype(jnp.int32))
 
-    def write(self, x: Array, index: Array, rows: Array, block: int = 1) -> Array:
+    def write(
+        self, x: Array, index: Array, rows: Array, block: int = 1, layout: Any = None
+    ) -> Array:
         lead = self.address.shape
         index = jnp.broadcast_to(index, (*lead, index.shape[3]))
         at = self.address[..., None] // block + index
@@ -180,6 +196,7 @@ class Pool:
         q: Array,
         rows: Array,
         coded: Array,
+        slots: int,
         part: Callable[[Callable, Array, Array, Array], Partial],
     ) -> Partial:
         """As `Rectangle.fold`; pages are read as they lie, and merged by owner."""

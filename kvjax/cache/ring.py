@@ -4,6 +4,7 @@ how many have come. Shared by `recent` (all of a token) and `store` (keys and va
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,10 @@ class Window:
     @property
     def capacity(self) -> int:
         return self.n + self.release - 1
+
+    def fitting(self, ring: Array) -> Window:
+        """The window of a ring [L, B, H, N, D] that was cut to the most tokens that can come."""
+        return self if ring.shape[3] == self.capacity else Window(ring.shape[3])
 
     def left(self, seen: Array) -> Array:
         """How many arrivals have left, int32 like `seen`."""
@@ -75,14 +80,16 @@ class Window:
         new = number >= seen[..., None]
         return jnp.where(new.reshape(new.shape + (1,) * (ring.ndim - 4)), fresh, old)
 
-    def write(self, ring: Array, rows: Array, seen: Array, arrived: Array) -> Array:
+    def write(
+        self, ring: Array, rows: Array, seen: Array, arrived: Array, layout: Any = None
+    ) -> Array:
         """The ring after `arrived` of `rows` came; rows that left at once are not written."""
         if self.capacity == 0:
             return ring
         number = seen[..., None] + jnp.arange(rows.shape[3], dtype=jnp.int32)
         total = (seen + arrived)[..., None]
         stays = (number < total) & (number >= self.left(total))
-        return put_rows(ring, jnp.where(stays, number % self.capacity, -1), rows)
+        return put_rows(ring, jnp.where(stays, number % self.capacity, -1), rows, layout)
 
 
 def tree_gather(window: Window, ring: object, rows: object, seen: Array, number: Array) -> object:
@@ -90,6 +97,8 @@ def tree_gather(window: Window, ring: object, rows: object, seen: Array, number:
     return jax.tree.map(lambda a, b: window.gather(a, b, seen, number), ring, rows)
 
 
-def tree_write(window: Window, ring: object, rows: object, seen: Array, arrived: Array) -> object:
+def tree_write(
+    window: Window, ring: object, rows: object, seen: Array, arrived: Array, layout: Any = None
+) -> object:
     """`Window.write` over matching pytrees."""
-    return jax.tree.map(lambda a, b: window.write(a, b, seen, arrived), ring, rows)
+    return jax.tree.map(lambda a, b: window.write(a, b, seen, arrived, layout), ring, rows)

@@ -15,7 +15,7 @@ from kvjax.cache.ring import Window, tree_gather, tree_write
 from kvjax.cache.share import Share, tokens_of
 from kvjax.cache.stage import FOREVER, Commit, Stage, exact, least, most, observe_slots, total
 from kvjax.cache.types import KV, Partial, Query, Spec, partial_attention, pytree, rotate
-from kvjax.codecs import as_pair
+from kvjax.codecs import as_pair, joins_heads
 
 
 @pytree("spec")
@@ -54,6 +54,11 @@ class SlotStage(Stage):
                     f"{type(self).__name__.lower()}(codec={codec}): the codec of {name} codes "
                     f"{part.block} tokens together, but slots are replaced one by one; use a "
                     "codec of single tokens, such as quantize(4, axis='token')"
+                )
+            if joins_heads(part):
+                raise ValueError(
+                    f"{type(self).__name__.lower()}(codec={codec}): the codec of {name} codes "
+                    "several heads together; only a store does that"
                 )
             if width is not None:
                 part.check(width)
@@ -106,8 +111,7 @@ class SlotStage(Stage):
         )
 
     def attend(self, state: Slots, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
-        used = most(jnp.minimum(state.seen, state.kv.size))
-        return self._read(state, layer, query, used=used), carry
+        return self._read(state, layer, query, used=most(state.seen)), carry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +147,7 @@ class First(SlotStage):
     def commit(self, state: Slots, kv: KV, context: Commit) -> tuple[Slots, KV]:
         slots = state.kv.size
         slot = state.seen[..., None] + jnp.arange(kv.size, dtype=jnp.int32)
-        held = buffer.put(state.kv, slot, self._store(kv, state.spec))
+        held = buffer.put(state.kv, slot, self._store(kv, state.spec), context.layout)
         taken = jnp.minimum(slots - jnp.minimum(state.seen, slots), kv.count)
         return state.replace(kv=held, seen=state.seen + kv.count), buffer.drop_first(kv, taken)
 
@@ -223,8 +227,8 @@ class Recent(SlotStage):
         over = None
         if not context.last:
             over = buffer.read_if(self.releases(state, kv), kv.size, leave, held)
-        reads = jax.tree.leaves(over)
-        new = tree_write(window, held, rows, buffer.after(seen, *reads), kv.count)
+        before = buffer.after(seen, *jax.tree.leaves(over))
+        new = tree_write(window, held, rows, before, kv.count, context.layout)
         new = dataclasses.replace(new, pos=jnp.where(window.held(total) >= 0, new.pos, -1))
         return state.replace(kv=new, seen=total), over
 
@@ -272,14 +276,15 @@ class ByPosition(SlotStage):
                 f"by_position(n={self.n}) holds positions 0 to {self.n - 1}, but the cache is for "
                 f"max_length={spec.max_length} tokens"
             )
-        return self._empty(spec, self.n)
+        return self._empty(spec, spec.slots(self.n))
 
     def downstream(self, spec: Spec) -> Spec | None:
         return None
 
     def attend(self, state: Slots, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
         batch, slots = query.pos.shape[0], state.kv.size
-        slot = jnp.where(query.pos >= 0, query.pos, slots)
+        slot = query.pos - query.base(slots)
+        slot = jnp.where((query.pos >= 0) & (slot >= 0), slot, slots)
         superseded = jnp.zeros((batch, slots), bool)
         superseded = superseded.at[jnp.arange(batch)[:, None], slot].set(True, mode="drop")
         used = jnp.max(state.kv.pos) + 1
@@ -289,7 +294,7 @@ class ByPosition(SlotStage):
         return False
 
     def commit(self, state: Slots, kv: KV, context: Commit) -> tuple[Slots, None]:
-        held = buffer.put(state.kv, kv.pos, self._store(kv, state.spec))
+        held = buffer.put(state.kv, kv.pos, self._store(kv, state.spec), context.layout)
         return state.replace(kv=held, seen=held.count), None
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kvjax.cache.barrier import computed
+
 Phase = Literal["prefill", "append", "decode", "verify"]
 PHASES = ("prefill", "append", "decode", "verify")
 
@@ -79,6 +81,11 @@ class Partial:
         """log sum exp of the logits, [B, Hq, T]; -inf where no key was seen."""
         return self.max + jnp.log(self.sum)
 
+    def weight(self, top: Array) -> Array:
+        """The sum of exp(logit - top): what this part weighs beside others, top the largest."""
+        safe = jnp.where(jnp.isneginf(top), 0.0, top)
+        return self.sum * jnp.exp(self.max - safe)
+
     @staticmethod
     def identity(shape: tuple[int, ...], width: int) -> Partial:
         """Attention over no key. `shape` is that of max and sum, `width` the value size."""
@@ -102,12 +109,23 @@ def merge(a: Partial, b: Partial) -> Partial:
     True
     """
     top = jnp.maximum(a.max, b.max)
-    safe = jnp.where(jnp.isneginf(top), 0.0, top)
-    wa, wb = a.sum * jnp.exp(a.max - safe), b.sum * jnp.exp(b.max - safe)
+    wa, wb = a.weight(top), b.weight(top)
     total = wa + wb
     whole = jnp.where(total > 0, total, 1.0)  # w / w is exactly 1: the identity changes no bit
     out = a.out * (wa / whole)[..., None] + b.out * (wb / whole)[..., None]
     return Partial(out, top, total)
+
+
+def merge_over(part: Partial, axis: str | tuple[str, ...]) -> Partial:
+    """`merge` of the partials of all devices along mesh axes, on each of them.
+
+    For use inside `shard_map`: the same formula, with its maximum and its sums over devices.
+    """
+    top = jax.lax.pmax(jax.lax.stop_gradient(part.max), axis)
+    weight = part.weight(top)
+    total = jax.lax.psum(weight, axis)
+    whole = jnp.where(total > 0, total, 1.0)
+    return Partial(jax.lax.psum(part.out * (weight / whole)[..., None], axis), top, total)
 
 
 def partial_attention(logits: Array, mask: Array | None, mix: Any) -> Partial:
@@ -161,12 +179,13 @@ def rotate(x: Array, pos: Array, rope: Rope, inverse: bool = False) -> Array:
     factor = rope.factor.reshape(rope.factor.shape + (1,) * (lead + 2 - rope.factor.ndim))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     cos, sin = (cos / factor, -sin / factor) if inverse else (cos * factor, sin * factor)
+    cos, sin = computed(cos), computed(sin)  # once, not for every head
     a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
     return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], -1)
 
 
-@pytree("softcap", "window", "differentiable", "kernels")
+@pytree("softcap", "window", "differentiable", "kernels", "layout")
 class Query:
     """What one layer asks of the cache.
 
@@ -183,6 +202,8 @@ class Query:
       window: whether any layer has a sliding window.
       differentiable: loop a static number of times, so that reverse-mode gradients exist.
       kernels: which implementation attends to held tokens; see `Cache`.
+      layout: how the cache lies over devices (`kvjax.parallel.Layout`), or None.
+      shard: int32 scalar where the stage is given one of several equal runs of its slots: which.
     """
 
     q: Array
@@ -196,11 +217,28 @@ class Query:
     window: bool = False
     differentiable: bool = False
     kernels: str = "xla"
+    layout: Any = None
+    shard: Array | None = None
+
+    def base(self, slots: int) -> Array | int:
+        """Number of the first slot of a buffer of which `slots` are at hand: 0 unless split."""
+        return 0 if self.shard is None else self.shard * slots
+
+    def at_hand(self, mask: Array, number: Array, slots: int) -> Array:
+        """`mask` of tokens `number`, without those whose slots another device holds."""
+        if self.shard is None:
+            return mask
+        base = self.base(slots)
+        return mask & (number >= base) & (number < base + slots)
 
     def grouped(self, q: Array, heads: int) -> Array:
         """[B, Hq, T, D] -> [B, H, G * T, D]: the query heads that share a key-value head."""
         batch, query_heads, rows, width = q.shape
         return q.reshape(batch, heads, query_heads // heads * rows, width)
+
+    def rows(self, q: Array) -> Array:
+        """Positions of the rows of grouped queries [B, H, G * T, D]: int32 [B, H, G * T]."""
+        return jnp.tile(self.pos[:, None], (1, q.shape[1], q.shape[2] // self.pos.shape[1]))
 
     def ungroup(self, part: Partial) -> Partial:
         """Partial over [B, H, G * T] -> over [B, Hq, T]."""
@@ -286,6 +324,8 @@ class Spec:
       unrotated: whether keys arrive before rotary rotation.
       totals: where heads hold different numbers of tokens: per layer, the prompt tokens of all
         heads together (per batch row); None: every head holds as many.
+      shards: into how many equal runs, on different devices, slots are to be split. Buffers whose
+        size is free are made a multiple of it.
     """
 
     layers: int
@@ -302,6 +342,12 @@ class Spec:
     per_head: bool = False
     unrotated: bool = False
     totals: tuple[int, ...] | None = None
+    shards: int = 1
+
+    def slots(self, tokens: int, unit: int = 1) -> int:
+        """Slots for `tokens` tokens that split into `shards` equal runs of whole units."""
+        step = unit * self.shards
+        return -(-tokens // step) * step
 
     def replace(self, **changes: Any) -> Spec:
         return dataclasses.replace(self, **changes)

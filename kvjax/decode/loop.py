@@ -66,6 +66,7 @@ def prefill(
     exact_layers: tuple[int, ...] = (),
     constants: Any = None,
     kernels: str = "xla",
+    layout: Any = None,
 ) -> tuple[Array, Cache]:
     """Runs prompts into a fresh cache.
 
@@ -80,7 +81,7 @@ def prefill(
       max_length: room per row, prompt included. new_tokens: in its place, room beyond the prompt.
       chunk: tokens per forward pass; None: all at once.
       dtype: of exact keys and values; None: that of the embedding.
-      exact_layers, constants, kernels: see `init_cache`.
+      exact_layers, constants, kernels, layout: see `init_cache`.
 
     Returns:
       (logits float32 [B, V] of the last token of each row, cache ready to decode).
@@ -108,6 +109,7 @@ def prefill(
         exact_layers=exact_layers,
         constants=constants,
         kernels=kernels,
+        layout=layout,
     )
     return extend(model, cache, tokens, positions, phase="prefill", chunk=chunk, fresh=True)
 
@@ -251,7 +253,8 @@ def check_room(cache: Cache, more: int) -> None:
     """Raises ValueError where a row has no room for `more` tokens; says nothing under a trace."""
     if isinstance(cache.length, jax.core.Tracer):
         return
-    longest = int(np.max(np.asarray(cache.length)))
+    whole = cache.length.is_fully_addressable
+    longest = int(np.max(np.asarray(cache.length)) if whole else jnp.max(cache.length))
     if longest + more > cache.max_length:
         raise ValueError(
             f"the cache has room for max_length={cache.max_length} tokens per row, holds up to "

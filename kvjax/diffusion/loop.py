@@ -111,6 +111,7 @@ def denoise(
     key: Array | None = None,
     sizes: tuple[int, ...] | None = None,
     dtype: Any = None,
+    layout: Any = None,
 ) -> Denoised:
     """Replaces the masks of a canvas by tokens, block by block, in one compiled loop.
 
@@ -136,6 +137,7 @@ def denoise(
       sizes: numbers of positions that steps are compiled for, descending from N; None: the
         policy's. None of them influences the result.
       dtype: of stored keys and values; None: that of the embedding.
+      layout: `kvjax.parallel.Layout`, how these lie over the devices of a mesh.
 
     Raises:
       ValueError: no mask token, a causal model, a draw without key, or sizes that do not fit.
@@ -174,7 +176,9 @@ def denoise(
     if cache.uses_cache:
         rows = batch * (2 if guidance else 1)
         dtype = model.embed.dtype if dtype is None else dtype
-        held = init_cache(model.config, cache.storage(width), rows, width, dtype=dtype)
+        held = init_cache(
+            model.config, cache.storage(width), rows, width, dtype=dtype, layout=layout
+        )
     moving, rest = (None, None) if held is None else apart(held)
     limit = jnp.full((batch,), width) if lengths is None else jnp.asarray(lengths)
     limit = jnp.minimum(limit, width)

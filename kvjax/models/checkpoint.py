@@ -82,11 +82,11 @@ def load(
         stored = checkpointer.metadata(folder / "params").item_metadata
         stored = dict(getattr(stored, "tree", stored))
         target = {}
-        for name, (shape, _) in parameters(config).items():
+        for name, (shape, axes) in parameters(config).items():
             if name not in stored or tuple(stored[name].shape) != shape:
                 found = stored[name].shape if name in stored else "nothing"
                 raise CheckpointError(f"{folder}: parameter {name!r}: {found}, expected {shape}")
-            place = sharding_of(sharding, name, shape)
+            place = sharding_of(sharding, name, shape, axes)
             if place is None:
                 place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             own = stored[name].dtype if dtype is None else dtype_of(config, name, dtype)

@@ -12,6 +12,7 @@ from jax import Array
 
 from kvjax.cache.attention import attend_new
 from kvjax.cache.cache import Cache, attend, commit, rope_of, span_of, start
+from kvjax.cache.stage import InputMark
 from kvjax.cache.types import KV, PHASES, New, Observation, Phase, Query, merge, rotate
 from kvjax.models.config import Config
 from kvjax.models.linear import linear
@@ -36,6 +37,8 @@ def forward(
     read: bool = True,
     differentiable: bool = False,
     remat: bool = False,
+    marks: Sequence[InputMark] | None = None,
+    shift: tuple[Array, Array] | None = None,
 ) -> Any:
     """Runs new rows through the model, attending to the cache and to each other.
 
@@ -61,6 +64,9 @@ def forward(
         new keys and values exist at a time. Returns (logits, cache) in place of (logits, new).
       read: False: the cache is known to be empty (the first chunk of a prompt), do not read it.
       differentiable: attention loops of static length, for reverse-mode gradients.
+      marks: columns of the new tokens, made from what each layer reads; None: as the cache asks.
+      shift: added to the keys (before rotation) and values, two arrays [L, B, H, T, d]: zeros at
+        which a gradient is taken say how much each number matters.
       remat: for these keep each layer's input only, and compute the rest again on the way back.
 
     Returns:
@@ -83,6 +89,10 @@ def forward(
         raise ValueError("forward needs exactly one of tokens and embeddings")
     if statistics is None:
         statistics = cache is not None and cache.needs_attention
+    if marks is None:
+        marks = () if cache is None else cache.input_marks
+    if fold and marks:
+        raise ValueError(f"fold=True: the columns {[m.name for m in marks]} are not made there")
     valid = positions >= 0
     x = embed(model, jnp.where(valid, tokens, 0)) if embeddings is None else embeddings
     x = jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
@@ -98,12 +108,18 @@ def forward(
     if config.residual_float32:
         x = x.astype(jnp.float32)
 
+    split = cache is not None and cache.layout is not None
+
     def attention(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Any]:
         x, carry = state
-        (layer, rope, span, own), index = xs
+        (layer, rope, span, own, shift), index = xs
         before = x
         h = rms_norm(x.astype(dtype), layer.attention_norm[...], config)
-        q, k, v = _project(h, layer, config)
+        q, k, v = _project(h, layer, config, split)
+        if shift is not None:
+            k, v = k + shift[0], v + shift[1]
+        if split:
+            q, k, v = cache.layout.heads(q, k, v)
         raw = q * config.scale
         turned = rotate(raw, positions[:, None], rope)
         keys = rotate(k, positions[:, None], rope)
@@ -111,7 +127,7 @@ def forward(
             turned, raw, positions, rope, span,
             {} if cache is None else cache.constants,
             jnp.zeros((x.shape[0],), jnp.int32), config.attention_softcap, windowed, differentiable,
-            "xla" if cache is None else cache.kernels,
+            "xla" if cache is None else cache.kernels, None if cache is None else cache.layout,
         )  # fmt: skip
         part = attend_new(query, keys, v, mask)
         if cache is not None and read:
@@ -119,12 +135,12 @@ def forward(
             part = merge(part, held)
         out = part.out.astype(dtype)
         out = jnp.moveaxis(out, 1, 2).reshape(*x.shape[:2], -1)
-        out = _linear(out, layer.o, layer.o_bias)
+        out = _linear(out, layer.o, layer.o_bias, split)
         if layer.post_attention_norm is not None:
             out = rms_norm(out, layer.post_attention_norm[...], config)
         x = x + out
         if config.mlp_width:
-            h = mlp(rms_norm(x.astype(dtype), layer.mlp_norm[...], config), layer, config)
+            h = mlp(rms_norm(x.astype(dtype), layer.mlp_norm[...], config), layer, config, split)
             if layer.post_mlp_norm is not None:
                 h = rms_norm(h, layer.post_mlp_norm[...], config)
             x = x + h
@@ -133,7 +149,8 @@ def forward(
         if fold:
             out = _fold(cache, own, index, k, v, positions, phase)
         else:
-            out = (k, v, (turned, part.max, part.sum) if statistics else None)
+            marked = tuple(mark.of_input(before) for mark in marks)
+            out = (k, v, (turned, part.max, part.sum) if statistics else None, marked)
         return (x, carry), (out, before if hidden else None)
 
     if config.recurrent_layers:
@@ -150,10 +167,11 @@ def forward(
         h = rms_norm(x.astype(dtype), layer.mixer_norm[...], config)
         # `own`: this layer's state where it is scanned, to be replaced; else it is read in place.
         mine = own if fold else one_layer(remembered, index if reading else 0)
-        h, rows = kind.mix(layer, h, holds.read(mine), valid, shared, config.norm_eps)
+        h, rows = kind.mix(layer, h, holds.read(mine), valid, shared, config.norm_eps, split)
         x = x + h
         if config.mlp_width:
-            x = x + mlp(rms_norm(x.astype(dtype), layer.mlp_norm[...], config), layer, config)
+            h = rms_norm(x.astype(dtype), layer.mlp_norm[...], config)
+            x = x + mlp(h, layer, config, split)
         if fold:
             first = lambda x: x[None]  # noqa: E731
             rows = holds.advance(jax.tree.map(first, own), jax.tree.map(first, rows), valid)
@@ -162,7 +180,7 @@ def forward(
 
     _check_fold(cache, fold)
     inputs = {
-        "attention": (model.layers, rope, span, _slices(cache) if fold else None),
+        "attention": (model.layers, rope, span, _slices(cache) if fold else None, shift),
         "recurrent": (
             model.recurrent,
             cache.state[cache.recurrent] if fold and config.recurrent_layers else None,
@@ -175,14 +193,16 @@ def forward(
     if remat:
         blocks = {k: jax.checkpoint(f, prevent_cse=False) for k, f in blocks.items()}
     (x, _), found = scan_layers(kinds, blocks, (x, carry), inputs)
-    result = _logits(model, x.astype(dtype), positions, logits)
+    result = _logits(model, x.astype(dtype), positions, logits, split)
     out, inputs = found.get("attention", (None, None))
     rows, others = found.get("recurrent", (None, None))
     if fold:
         return result, _unslice(cache, out, rows, positions)
     empty = jnp.zeros((0, x.shape[0], 0, x.shape[1], 0), dtype)
-    k, v, seen = (empty, empty, None) if out is None else out
-    kv = KV(k, v, positions[None, :, None].astype(jnp.int32))
+    k, v, seen, marked = (empty, empty, None, ()) if out is None else out
+    heads = lambda x: jnp.broadcast_to(x[:, :, None], k.shape[:-1])  # noqa: E731
+    extra = {mark.name: heads(x.astype(jnp.float32)) for mark, x in zip(marks, marked)}
+    kv = KV(k, v, positions[None, :, None].astype(jnp.int32), extra)
     observed = None if seen is None else Observation(*seen, positions, span)
 
     def entering(layer: int) -> Array:
@@ -211,23 +231,24 @@ def rms_norm(x: Array, weight: Array, config: Config) -> Array:
     return weight * wide.astype(x.dtype)
 
 
-def mlp(h: Array, layer: Layers, config: Config) -> Array:
+def mlp(h: Array, layer: Layers, config: Config, split: bool = False) -> Array:
     """The gated MLP of one layer, [..., D] -> [..., D]."""
-    gate = _linear(h, layer.gate, layer.gate_bias)
+    gate = _linear(h, layer.gate, layer.gate_bias, split)
     silu = config.activation == "silu"
     gate = jax.nn.silu(gate) if silu else jax.nn.gelu(gate, approximate=True)
-    return _linear(gate * _linear(h, layer.up, layer.up_bias), layer.down, layer.down_bias)
+    h = gate * _linear(h, layer.up, layer.up_bias, split)
+    return _linear(h, layer.down, layer.down_bias, split)
 
 
-def _linear(x: Array, weight: Any, bias: Any) -> Array:
-    return linear(x, weight[...], None if bias is None else bias[...])
+def _linear(x: Array, weight: Any, bias: Any, split: bool) -> Array:
+    return linear(x, weight[...], None if bias is None else bias[...], split=split)
 
 
-def _project(h: Array, layer: Layers, config: Config) -> tuple[Array, Array, Array]:
+def _project(h: Array, layer: Layers, config: Config, split: bool) -> tuple[Array, Array, Array]:
     """Queries [B, Hq, T, d], keys and values [B, H, T, d] of one layer, before rotation."""
 
     def heads(weight: Any, bias: Any, count: int) -> Array:
-        x = _linear(h, weight, bias)
+        x = _linear(h, weight, bias, split)
         return x.reshape(*h.shape[:2], count, config.head_dim)
 
     q = heads(layer.q, layer.q_bias, config.heads)
@@ -239,7 +260,9 @@ def _project(h: Array, layer: Layers, config: Config) -> tuple[Array, Array, Arr
     return tuple(jnp.moveaxis(a, 1, 2) for a in (q, k, v))
 
 
-def _logits(model: Model, x: Array, positions: Array, rows: Array | str) -> Array | None:
+def _logits(
+    model: Model, x: Array, positions: Array, rows: Array | str, split: bool
+) -> Array | None:
     if isinstance(rows, str):
         if rows == "none":
             return None
@@ -249,23 +272,18 @@ def _logits(model: Model, x: Array, positions: Array, rows: Array | str) -> Arra
             raise ValueError(f"logits={rows!r}: expected 'all', 'last', 'none' or row indices")
     if not isinstance(rows, str):
         x = jnp.take_along_axis(x, rows[..., None], 1)
-    return head(model, x)
+    return head(model, x, split)
 
 
-def head(model: Model, x: Array) -> Array:
-    """Logits float32 [B, T, V] of final hidden states [B, T, D]."""
+def head(model: Model, x: Array, split: bool = False) -> Array:
+    """Logits float32 [B, T, V] of final hidden states [B, T, D]; `split`: see `linear`."""
     config = model.config
     x = rms_norm(x, model.norm[...], config)
     weight = (model.embed if model.head is None else model.head)[...]
-    flat = x.reshape(-1, x.shape[-1])
-    if 1 < flat.shape[0] <= 16:
-        # The matrix first: on CPU this reads it about 1.5 times as fast for a few rows.
-        out = jnp.einsum("vd,rd->vr", weight, flat, preferred_element_type=jnp.float32).T
-    else:
-        out = jnp.matmul(flat, weight.T, preferred_element_type=jnp.float32)
+    out = linear(x, weight, dtype=jnp.float32, split=split)
     if config.final_softcap is not None:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
-    return out.reshape(*x.shape[:-1], -1)
+    return out
 
 
 # --- committing inside the layer scan -----------------------------------------------------------

@@ -36,8 +36,8 @@ def load(
         a folder written by `kvjax.models.checkpoint.save`, or the name of a Hugging Face
         repository ("owner/name", needs huggingface_hub).
       dtype: floating dtype of the parameters.
-      sharding: one sharding for all, a mapping from flat parameter name, or a function of
-        (flat name, shape); None: the default device.
+      sharding: one sharding for all, a mapping from flat parameter name, a function of (flat name,
+        shape), or rules (`kvjax.parallel.parameter_sharding`); None: the default device.
       tokenizer: load the tokenizer too.
       check_finite: refuse weights that are NaN or infinite.
 

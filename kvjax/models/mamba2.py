@@ -125,11 +125,12 @@ class Mamba2(RecurrentLayer):
         return previous(valid, self.kernel - 1)
 
     def mix(
-        self, layer: Any, x: Array, state: dict[str, Array], valid: Array, shared: Array, eps: float
-    ) -> tuple[Array, dict[str, Array]]:
+        self, layer: Any, x: Array, state: dict[str, Array], valid: Array, shared: Array,
+        eps: float, split: bool = False,
+    ) -> tuple[Array, dict[str, Array]]:  # fmt: skip
         batch, rows = valid.shape
         there = valid[..., None]
-        mixed = _linear(x, layer.project, getattr(layer, "project_bias", None))
+        mixed = _linear(x, layer.project, getattr(layer, "project_bias", None), split)
         z, raw, dt = jnp.split(mixed, [self.inner, self.inner + self.channels], -1)
         raw = jnp.where(there, raw, jnp.zeros((), raw.dtype))
         wide = self._convolve(layer, raw, state["tail"], shared).astype(raw.dtype)
@@ -147,7 +148,7 @@ class Mamba2(RecurrentLayer):
         y = y + u * layer.D[...].astype(jnp.float32)[:, None]
         y = y.reshape(batch, rows, self.inner) * jax.nn.silu(z.astype(jnp.float32))
         y = _grouped_norm(y, self.groups, eps).astype(x.dtype) * layer.gated_norm[...]
-        out = _linear(y, layer.out, getattr(layer, "out_bias", None))
+        out = _linear(y, layer.out, getattr(layer, "out_bias", None), split)
         key = jnp.where(there[..., None], key, 0.0)
         return out, {"decay": decay, "input": scaled, "key": key, "conv": raw}
 
@@ -279,5 +280,5 @@ def _grouped_norm(y: Array, groups: int, eps: float) -> Array:
     return parts.reshape(y.shape)
 
 
-def _linear(x: Array, weight: Any, bias: Any) -> Array:
-    return linear(x, weight[...], None if bias is None else bias[...])
+def _linear(x: Array, weight: Any, bias: Any, split: bool) -> Array:
+    return linear(x, weight[...], None if bias is None else bias[...], split=split)

@@ -43,8 +43,9 @@ class RecurrentLayer(Recurrence):
         return None
 
     def mix(
-        self, layer: Any, x: Array, state: Any, valid: Array, shared: Any, eps: float
-    ) -> tuple[Array, Any]:
+        self, layer: Any, x: Array, state: Any, valid: Array, shared: Any, eps: float,
+        split: bool = False,
+    ) -> tuple[Array, Any]:  # fmt: skip
         """One layer: new rows, after all that the state remembers, in their order.
 
         Args:
@@ -54,6 +55,7 @@ class RecurrentLayer(Recurrence):
           valid: bool [B, T]; other rows must not be felt by valid ones.
           shared: from `prepare`.
           eps: of norms.
+          split: rows may lie on different devices: for `kvjax.models.linear.linear`.
 
         Returns:
           (output [B, T, D], rows): rows is a pytree of arrays [B, T, ...] from which `advance`

@@ -13,14 +13,24 @@ import numpy as np
 
 from kvjax.models.config import Config
 from kvjax.models.errors import CheckpointError
-from kvjax.models.llama import Model, dtype_of, parameters, stacked
+from kvjax.models.llama import Model, dtype_of, logical_axes, parameters, stacked
 
 CHUNK_BYTES = 2**23  # float32 bytes of one tensor that are in flight at a time
+
+
+class ByAxes(Protocol):
+    """Says where a parameter goes by its logical axes (`kvjax.parallel.parameter_sharding`)."""
+
+    def by_axes(
+        self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]
+    ) -> jax.sharding.Sharding: ...
+
 
 Sharding = (
     jax.sharding.Sharding
     | Mapping[str, jax.sharding.Sharding]
     | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+    | ByAxes
     | None
 )
 
@@ -79,8 +89,8 @@ def assemble(
       find: (flat parameter name, layer among those of its kind; 0 for those without layers) ->
         Piece; raises CheckpointError where the tensor is missing.
       dtype: floating dtype of the parameters (of a recurrence some stay float32).
-      sharding: one sharding, a mapping from flat name, or a function of (flat name, shape); None:
-        the default device.
+      sharding: one sharding, a mapping from flat name, a function of (flat name, shape), or rules
+        (`kvjax.parallel.parameter_sharding`); None: the default device.
       check_finite: refuse NaN and infinity.
       source: what error messages call the checkpoint.
 
@@ -105,6 +115,7 @@ def assemble(
                 )
     _check_rope(config, source)
     params = {}
+    axes = logical_axes(config)
     for name in sorted(plan, key=lambda name: -math.prod(plan[name][0])):
         shape, pieces = plan[name]
         own = np.dtype(dtype_of(config, name, dtype))
@@ -112,7 +123,7 @@ def assemble(
         def block(index, name=name, shape=shape, pieces=pieces, own=own):
             return _read_block(pieces, name, shape, index, own, check_finite, source)
 
-        params[name] = _place(block, shape, sharding_of(sharding, name, shape))
+        params[name] = _place(block, shape, sharding_of(sharding, name, shape, axes[name]))
     return Model(config, params)
 
 
@@ -138,7 +149,9 @@ def _check_rope(config: Config, source: str) -> None:
             )
 
 
-def sharding_of(sharding: Sharding, name: str, shape: tuple[int, ...]):
+def sharding_of(
+    sharding: Sharding, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> jax.sharding.Sharding | None:
     """The sharding of one parameter, or None for the default device."""
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         return sharding
@@ -146,6 +159,8 @@ def sharding_of(sharding: Sharding, name: str, shape: tuple[int, ...]):
         if name not in sharding:
             raise ValueError(f"sharding has no entry for parameter {name!r}")
         return sharding[name]
+    if hasattr(sharding, "by_axes"):
+        return sharding.by_axes(name, shape, axes)
     return sharding(name, shape)
 
 

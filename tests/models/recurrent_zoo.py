@@ -35,12 +35,13 @@ class Average(RecurrentLayer):
     def init(self, layers, batch, dtype):
         return jnp.zeros((layers, batch, self.width), jnp.float32)
 
-    def mix(self, layer, x, state, valid, shared, eps):
-        keep = jnp.where(valid[..., None], jax.nn.sigmoid(linear(x, layer.keep[...])), 1.0)
-        rows = {"keep": keep, "add": (1 - keep) * linear(x, layer.value[...])}
+    def mix(self, layer, x, state, valid, shared, eps, split=False):
+        product = lambda x, weight: linear(x, weight[...], split=split)  # noqa: E731
+        keep = jnp.where(valid[..., None], jax.nn.sigmoid(product(x, layer.keep)), 1.0)
+        rows = {"keep": keep, "add": (1 - keep) * product(x, layer.value)}
         s = self._scan(state, rows)[1]
-        s = s * jax.nn.silu(linear(x, layer.read[...]))
-        return linear(s.astype(x.dtype), layer.out[...]), rows
+        s = s * jax.nn.silu(product(x, layer.read))
+        return product(s.astype(x.dtype), layer.out), rows
 
     def advance(self, state, rows, valid):
         there = valid[..., None]
