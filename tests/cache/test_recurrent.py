@@ -142,6 +142,21 @@ def test_many_rows_at_once_and_in_parts(count):
     np.testing.assert_array_equal(parts.length, whole.length)
 
 
+advance = jax.jit(KIND.advance, compiler_options=PLAINLY)
+
+
+@pytest.mark.parametrize("count", [1, ROWS, FEW + 1])
+def test_rows_that_are_not_valid_change_nothing(count):
+    """Whatever they hold: `advance` by itself, not only after `commit` has cleared them."""
+    rows, state = rows_of(5, count).recurrent, begun().state[0]
+    valid = (np.arange(count) + np.arange(BATCH)[:, None]) % 2 == 1
+    found = advance(state, rows, jnp.asarray(valid))
+    for b in range(BATCH):
+        memory, tail = by_hand(state, New(None, recurrent=rows), np.flatnonzero(valid[b]), b)
+        np.testing.assert_allclose(found["memory"][:, b], memory, atol=3e-6)
+        np.testing.assert_array_equal(found["tail"][:, b], tail.astype(np.float32))
+
+
 windows = jax.jit(previous, static_argnums=1, compiler_options=PLAINLY)
 
 
