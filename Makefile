@@ -23,7 +23,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest -q -m 'not slow'
+	@# Two processes: compiling takes one core each, and is what the tests cost.
+	$(BIN)/python -m pytest -q -m 'not slow' -n 2 --dist loadfile
 
 test-all: setup
 	$(BIN)/python -m kvjax.models.embedded
