@@ -19,3 +19,16 @@ def _forget_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file of tests runs in one process; all kernels in one: the TPU's compiler serves only one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            kernels = nodeid.startswith("tests/pallas_kernels/")
+            return "tests/pallas_kernels" if kernels else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
