@@ -23,7 +23,7 @@ def _forget_programs():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file of tests runs in one process; all kernels in one: the TPU's compiler serves only one."""
+    """A file of tests runs in one process; all kernels in one: a TPU compiler serves no second."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
