@@ -23,8 +23,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import common, report
 from experiments.common import setting, settings
+from experiments.exact import Exact, compressed, exact_prefill, join
 from kvjax import cache as kv
 from kvjax import parallel
+from kvjax.calibrate import find
 from kvjax.compress import parse
 from kvjax.decode import extend, generate, positions_of, score
 from kvjax.evaluate import agreement, found, load_text, needles, samples
@@ -62,6 +64,11 @@ flags.DEFINE_string(
     "Devices as a grid, such as data=2,tensor=2,context=2; empty: one device, or with several "
     "processes all devices along data.",
 )
+flags.DEFINE_string(
+    "calibration",
+    "results/calibration",
+    "Folder of `experiments.calibrate`, for calibrated methods.",
+)
 flags.DEFINE_string("out", "results/compress", "Folder for results.json, pareto.png, report.html.")
 flags.DEFINE_bool("compile_cache", False, "Keep compiled programs in the user's cache folder.")
 FLAGS = flags.FLAGS
@@ -84,77 +91,9 @@ SETTINGS = (
     "model", "text", "context", "continuation", "offsets", "needles", "needle_lengths",
     "needle_modes", "rounds", "seed", "dtype",
 )  # fmt: skip
-OTHERS = ("methods", "out", "compile_cache", "mesh")
+OTHERS = ("methods", "out", "compile_cache", "mesh", "calibration")
 SEGMENT = 32  # tokens per scoring call, also the unit of timing
 ANSWER = 8  # tokens decoded per needle
-
-
-@dataclasses.dataclass(frozen=True)
-class Exact:
-    """An exact prefill: what every method is given.
-
-    Attributes:
-      new: keys, values and statistics of all rows. logits: [B, V] of the last row.
-      batch, time: its size. seconds: of the second run.
-    """
-
-    new: Any
-    logits: Array
-    batch: int
-    time: int
-    seconds: float
-
-
-@functools.partial(jax.jit, static_argnames=("statistics",))
-def _forward(model: Any, tokens: Array, positions: Array, statistics: bool) -> Any:
-    logits, new = forward(
-        model, tokens, positions, phase="prefill", logits="last", statistics=statistics
-    )
-    return logits[:, 0], new
-
-
-@jax.jit
-def _commit(moving: Any, rest: Any, new: Any) -> Any:
-    return kv.apart(kv.finish(kv.commit(kv.together(moving, rest), new, phase="prefill")))[0]
-
-
-def exact_prefill(model: Any, tokens: Array, timed: bool) -> Exact:
-    positions = positions_of(tokens)
-    seconds = 0.0
-    for _ in range(2 if timed else 1):
-        start = time.perf_counter()
-        logits, new = jax.block_until_ready(_forward(model, tokens, positions, True))
-        seconds = time.perf_counter() - start
-    return Exact(new, logits, *tokens.shape, seconds)
-
-
-def compressed(
-    config: Any, exact: Exact, chain: Any, room: int, dtype: Any, timed: bool = False,
-    layout: Any = None,
-) -> tuple[Any, float]:  # fmt: skip
-    """The cache of a method after an exact prefill; seconds that commit and finish took."""
-    cache = kv.init_cache(
-        config, chain, exact.batch, exact.time + room, prompt=exact.time, dtype=dtype, layout=layout
-    )
-    moving, rest = kv.apart(cache)
-    seconds = 0.0
-    for _ in range(2 if timed else 1):  # the first call compiles
-        start = time.perf_counter()
-        out = jax.block_until_ready(_commit(moving, rest, exact.new))
-        seconds = time.perf_counter() - start
-    return kv.together(out, rest), seconds
-
-
-def join(a: Any, b: Any) -> Any:
-    """Two results of `forward`, the rows of the one after those of the other."""
-    axis = lambda n: lambda x, y: jnp.concatenate([x, y], n)  # noqa: E731
-    cat = axis(3)
-    rows = kv.KV(cat(a.kv.k, b.kv.k), cat(a.kv.v, b.kv.v), cat(a.kv.pos, b.kv.pos))
-    seen = kv.Observation(
-        cat(a.seen.q, b.seen.q), cat(a.seen.max, b.seen.max), cat(a.seen.sum, b.seen.sum),
-        axis(1)(a.seen.pos, b.seen.pos), a.seen.span,
-    )  # fmt: skip
-    return kv.New(rows, seen)
 
 
 class Job:
@@ -165,6 +104,7 @@ class Job:
         settings: dict[str, Any],
         methods: list[tuple[str, Any]],
         layout: parallel.Layout | None = None,
+        calibration: str = "",
     ):
         self.settings = settings
         self.layout = layout
@@ -172,6 +112,11 @@ class Job:
         where = None if layout is None else parallel.parameter_sharding(layout.mesh, layout.rules)
         self.model, self.tokenizer = load(settings["model"], dtype=self.dtype, sharding=where)
         self.config = self.model.config
+        self.constants = {}
+        for label, chain in methods:
+            names = chain.constants(self.config.head_dim)
+            self.constants[chain] = find(calibration, label, names, self.model) if names else None
+        self.marks = tuple(dict.fromkeys(m for _, c in methods for m in c.input_marks))
         text = load_text(settings["text"])
         context, more = settings["context"], settings["continuation"]
         windows = samples(text, self.tokenizer, settings["offsets"], context + more)
@@ -191,13 +136,15 @@ class Job:
         self.needles = [batch for batch in self.needles if batch]
         self._check(methods)  # whatever is wrong is said by now; from here on things are compiled
         self.continuation = self._rows(windows[:, context:])
-        self.exact = exact_prefill(self.model, self._rows(windows[:, :context]), timed=True)
+        self.exact = exact_prefill(
+            self.model, self._rows(windows[:, :context]), timed=True, marks=self.marks
+        )
         self.dense_cache: Any = None
         self.dense_logits: Array | None = None
         self.needle_exact: list[tuple[Exact, Any, Array]] = []
         for batch in self.needles:
             tokens = self._rows([n.context for n in batch])
-            exact = exact_prefill(self.model, tokens, timed=False)
+            exact = exact_prefill(self.model, tokens, timed=False, marks=self.marks)
             question = self._rows([n.question for n in batch])
             self.needle_exact.append((exact, *self._question(exact, question)))
 
@@ -234,6 +181,7 @@ class Job:
                             prompt + more,
                             prompt=prompt,
                             layout=self.layout,
+                            constants=self.constants[chain],
                         )
                     )
                 except ValueError as error:
@@ -248,9 +196,15 @@ class Job:
         cache = kv.commit(cache, exact.new, phase="prefill")
         positions = positions_of(question) + exact.time
         logits, new = jax.jit(
-            functools.partial(forward, logits="last", statistics=True, phase="append")
+            functools.partial(
+                forward, logits="last", statistics=True, phase="append", marks=self.marks
+            )
         )(self.model, question, positions, cache)
         return join(exact.new, new), logits[:, 0]
+
+    def _compressed(self, exact: Exact, chain: Any, room: int, timed: bool = False) -> Any:
+        given = self.constants[chain]
+        return compressed(self.config, exact, chain, room, self.dtype, timed, self.layout, given)
 
     def run(self, label: str, chain: Any, progress: Any) -> dict[str, Any]:
         """All figures of one method."""
@@ -298,11 +252,6 @@ class Job:
             "prefill_tokens_per_second": prompt_tokens / (self.exact.seconds + seconds),
         }
         return figures, first
-
-    def _compressed(
-        self, exact: Exact, chain: Any, room: int, timed: bool = False
-    ) -> tuple[Any, float]:
-        return compressed(self.config, exact, chain, room, self.dtype, timed, self.layout)
 
     def needle_test(self, chain: Any) -> dict[str, Any]:
         hits: dict[str, list[bool]] = {mode: [] for mode in self.settings["needle_modes"]}
@@ -384,6 +333,7 @@ def main(argv: list[str]) -> None:
         if mesh:
             settings["mesh"] = mesh
         layout = parallel.Layout(parallel.make_mesh(mesh)) if mesh else None
+        calibration = setting(FLAGS, "calibration")
         results = common.Results(out, settings)
     except ValueError as error:
         raise app.UsageError(str(error)) from None
@@ -394,7 +344,7 @@ def main(argv: list[str]) -> None:
     order = [label for label, _ in methods]
     todo = [m for m in methods if results.get(m[0]) is None]
     if todo:
-        run(settings, methods, todo, results, layout)
+        run(settings, methods, todo, results, layout, calibration)
     results.write(order)
     if not parallel.is_main():
         return
@@ -409,14 +359,19 @@ def main(argv: list[str]) -> None:
 
 
 def run(
-    settings: Any, methods: Any, todo: Any, results: common.Results, layout: Any = None
+    settings: Any,
+    methods: Any,
+    todo: Any,
+    results: common.Results,
+    layout: Any = None,
+    calibration: str = "",
 ) -> None:
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     quiet = not parallel.is_main()
     with Progress(*columns, console=common.console, disable=quiet) as progress:
         task = progress.add_task("loading and exact prefill", total=1 + 3 * len(todo))
         try:
-            job = Job(settings, methods, layout)
+            job = Job(settings, methods, layout, calibration)
         except (ValueError, FileNotFoundError) as error:
             raise app.UsageError(str(error)) from None
         progress.advance(task)

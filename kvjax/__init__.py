@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 
 _MODULES = (
-    "cache", "codecs", "compress", "data", "decode", "diffusion", "evaluate", "models",
+    "cache", "calibrate", "codecs", "compress", "data", "decode", "diffusion", "evaluate", "models",
     "parallel", "speculate", "train",
 )  # fmt: skip
 _HOMES = {

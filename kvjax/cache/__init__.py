@@ -24,9 +24,10 @@ from kvjax.cache.cache import (
     tokens_held,
 )
 from kvjax.cache.chain import Chain, Pending, chain
+from kvjax.cache.chosen import Chosen, chosen
 from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
-from kvjax.cache.heavy import Absorb, heavy, nearest
+from kvjax.cache.heavy import Absorb, Growth, growth, heavy, nearest
 from kvjax.cache.prune import prune
 from kvjax.cache.readers import Reader, best_pages
 from kvjax.cache.recurrent import Recurrence, previous
@@ -36,13 +37,14 @@ from kvjax.cache.scores import (
     accumulated_attention,
     key_difference,
     key_norm,
+    marked,
     newest_attention,
     random,
     recency,
     window_attention,
 )
 from kvjax.cache.share import Share, share
-from kvjax.cache.stage import Carried, Column, Commit, Stage, Statistic
+from kvjax.cache.stage import Carried, Column, Commit, InputMark, Mark, Stage, Statistic
 from kvjax.cache.stages import by_position, first, prefix, recent
 from kvjax.cache.store import Store, store
 from kvjax.cache.types import (
@@ -67,9 +69,13 @@ __all__ = [
     "Cache",
     "Carried",
     "Chain",
+    "Chosen",
     "Column",
     "Commit",
     "Fit",
+    "Growth",
+    "InputMark",
+    "Mark",
     "New",
     "Observation",
     "Partial",
@@ -95,17 +101,20 @@ __all__ = [
     "best_pages",
     "by_position",
     "chain",
+    "chosen",
     "commit",
     "compact",
     "expected_attention",
     "finish",
     "first",
+    "growth",
     "heavy",
     "horizon",
     "init_cache",
     "key_difference",
     "key_norm",
     "logical_axes",
+    "marked",
     "merge",
     "merge_over",
     "nbytes",

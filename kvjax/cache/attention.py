@@ -31,6 +31,14 @@ def dot_values(p: Array, v: Array) -> Array:
     )
 
 
+def visible(query: Query, pos: Array, rows: Array) -> Array:
+    """bool [..., R or 1, N]: which tokens at pos [..., N] each row at rows [..., R] may see."""
+    there = (pos >= 0)[..., None, :]
+    if not query.window:
+        return there
+    return there & (rows[..., :, None] - pos[..., None, :] < query.span)
+
+
 def layer_of(x: Array, layer: Array, start: Array | int = 0, size: int | None = None) -> Array:
     """One layer of a stacked buffer, slots [start, start + size) of its axis 3, by one slice."""
     size = x.shape[3] if size is None else size

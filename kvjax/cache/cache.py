@@ -15,7 +15,7 @@ from kvjax.cache import buffer
 from kvjax.cache.chain import Chain, chain
 from kvjax.cache.kernels import Kernels, check_kernels
 from kvjax.cache.recurrent import Recurrence
-from kvjax.cache.stage import FOREVER, Commit, Stage
+from kvjax.cache.stage import FOREVER, Commit, InputMark, Stage
 from kvjax.cache.types import (
     KV,
     PHASES,
@@ -64,6 +64,12 @@ class Cache:
     def needs_attention(self) -> bool:
         """Whether commits must be given attention statistics."""
         return any(t.needs_attention(s) for t, s in zip(self.transforms, self.state))
+
+    @property
+    def input_marks(self) -> tuple[InputMark, ...]:
+        """Columns that `forward` must make from what each layer reads."""
+        found = (mark for n in self.chains for mark in self.transforms[n].input_marks)
+        return tuple(dict.fromkeys(found))
 
     @property
     def streaming(self) -> bool:
@@ -187,6 +193,16 @@ def init_cache(
     if exact:
         plan.append((tuple(sorted(exact)), chain(store())))
     plan = [(layers, t) for layers, t in plan if layers]
+    constants = dict(constants or {})
+    missing = sorted(set(transform.constants(config.head_dim)) - constants.keys())
+    if missing and rest:
+        raise ValueError(
+            f"constants has no {', '.join(map(repr, missing))}, which {transform} reads: calibrate "
+            "it for this model first (python -m experiments.calibrate)"
+        )
+    if exact:  # the others read no constants: each array is cut to the layers that do
+        cut = lambda x: x[np.asarray(rest)] if x.shape[0] == len(attention) else x  # noqa: E731
+        constants = jax.tree.map(cut, constants)
 
     def empty() -> Cache:
         states = []
@@ -222,7 +238,6 @@ def init_cache(
             layout,
         )
 
-    constants = dict(constants or {})
     if layout is None:
         cache = empty()
     else:

@@ -12,7 +12,16 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.attention import attend_slots
-from kvjax.cache.stage import FOREVER, Column, Commit, Stage, Statistic, observe_slots, total
+from kvjax.cache.stage import (
+    FOREVER,
+    Column,
+    Commit,
+    InputMark,
+    Stage,
+    Statistic,
+    observe_slots,
+    total,
+)
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, pytree
 
 
@@ -68,6 +77,15 @@ class Chain:
         return _union(stage.columns for stage in self.stages)
 
     @property
+    def input_marks(self) -> tuple[InputMark, ...]:
+        """Columns that `forward` makes from what each layer reads."""
+        return tuple(column for column in self.columns if isinstance(column, InputMark))
+
+    def constants(self, width: int) -> tuple[str, ...]:
+        """Names of the constants that the stages read."""
+        return _union(stage.constants(width) for stage in self.stages)
+
+    @property
     def statistics(self) -> tuple[Statistic, ...]:
         return _union(stage.statistics for stage in self.stages)
 
@@ -77,7 +95,7 @@ class Chain:
 
     def _columns_from(self, place: int) -> tuple[Column, ...]:
         """Columns held at `place`: what it and later stages ask for, and what tokens bring."""
-        brought = (c for stage in self.stages[:place] for c in stage.columns if not c.observes)
+        brought = (c for stage in self.stages[:place] for c in stage.columns if c.lasting)
         return _union([brought, *(stage.columns for stage in self.stages[place:])])
 
     def _observing(self, place: int = 0) -> tuple[Column, ...]:
@@ -164,6 +182,12 @@ class Chain:
                 f"commit(phase={context.phase!r}): the prompt is not finished; this chain holds it "
                 "exactly until finish(cache), because a stage needs all of it: "
                 f"{', '.join(str(s) for s in self.stages if not s.streaming)}"
+            )
+        absent = [m.name for m in self.input_marks if m.name not in kv.extra]
+        if absent:
+            raise ValueError(
+                f"this chain needs the columns {absent} of a prompt's tokens: call "
+                "forward(..., cache) with the same cache, so that it makes them"
             )
         held = observe_slots(state.kv, self._observing(), context, self.unrotated)
         slot = state.seen[..., None] + jnp.arange(kv.size, dtype=jnp.int32)

@@ -21,6 +21,11 @@ class Fit:
     def statistics(self) -> tuple[Statistic, ...]:
         return ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Which constants it finds."""
+        return tuple(self.init(Spec(1, 1, 1, 1, 1, 1)))
+
     def init(self, spec: Spec) -> dict[str, Array]:
         """Neutral constants, by the names that the codec reads; each [L, B, H, ...]."""
         raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.scores import Score, rank
-from kvjax.cache.share import Share, tokens_of
+from kvjax.cache.share import Share, as_fraction, tokens_of
 from kvjax.cache.stage import FOREVER, Column, Commit, least
 from kvjax.cache.stages import Slots, SlotStage
 from kvjax.cache.types import KV, Spec
@@ -86,8 +87,39 @@ def nearest(threshold: float = 0.5) -> Absorb:
 
 
 @dataclasses.dataclass(frozen=True)
+class Growth:
+    """See `growth`."""
+
+    part: Fraction
+    beside: int | Share = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.part <= 1:
+            raise ValueError(f"growth(part={float(self.part)}): a part of all lies in (0, 1]")
+
+    def limit(self, arrived: Any, spec: Spec) -> Any:
+        """Tokens to be held of `arrived` (int or int32 array): at least 1."""
+        beside = tokens_of(self.beside, spec)
+        number = (arrived + beside) * self.part.numerator // self.part.denominator - beside
+        return max(number, 1) if isinstance(number, int) else jnp.maximum(number, 1)
+
+
+def growth(part: float | Fraction, beside: int | Share = 0) -> Growth:
+    """A size that grows: floor(part * (t + beside)) - beside tokens, after t have arrived.
+
+    In `chain(recent(m), heavy(growth(0.2, beside=m), score))` both together always hold a fifth of
+    all tokens, the window being m of them.
+
+    Args:
+      part: of all tokens, in (0, 1]; with 1 none ever leaves.
+      beside: tokens that a stage in front holds.
+    """
+    return Growth(as_fraction(part), beside)
+
+
+@dataclasses.dataclass(frozen=True)
 class Heavy(SlotStage):
-    n: int | Share
+    n: int | Share | Growth
     score: Score
     recent: int = 0
     absorb: Absorb | None = None
@@ -100,9 +132,9 @@ class Heavy(SlotStage):
                 f"heavy(codec={self.codec}): merging, and scores that compare tokens, need exact "
                 "keys; leave out the codec, absorb or the score"
             )
-        if not isinstance(self.n, Share) and self.n < 1:
+        if isinstance(self.n, int) and self.n < 1:
             raise ValueError(f"heavy(n={self.n}): n must be at least 1")
-        if self.recent < 0 or (not isinstance(self.n, Share) and self.recent > self.n):
+        if self.recent < 0 or (isinstance(self.n, int) and self.recent > self.n):
             raise ValueError(
                 f"heavy(n={self.n}, recent={self.recent}): the recent tokens are among the n"
             )
@@ -128,6 +160,12 @@ class Heavy(SlotStage):
     def columns(self) -> tuple[Column, ...]:
         return self.score.columns
 
+    def _limit(self, arrived: Any, spec: Spec) -> Any:
+        """How many of `arrived` tokens are held at most: an int, or like `arrived`."""
+        if isinstance(self.n, Growth):
+            return self.n.limit(arrived, spec)
+        return tokens_of(self.n, spec)
+
     @property
     def _local(self) -> bool:
         """Whether the score is of the token alone: computed once, kept in a column of ours."""
@@ -140,22 +178,25 @@ class Heavy(SlotStage):
             per_layer=spec.per_layer or self.score.per_layer,
             per_head=spec.per_head or self.score.per_head,
         )
-        n = tokens_of(self.n, spec)
+        n = self._limit(spec.max_length, spec)
         if self.recent > n:
             raise ValueError(f"heavy(n={n}, recent={self.recent}): the recent are among the n")
         return self._empty(spec, min(n, spec.max_length), extra)
 
     def downstream(self, spec: Spec) -> Spec | None:
-        n = tokens_of(self.n, spec)
+        n = self._limit(spec.max_length, spec)
         if spec.max_length <= n:
             return None
+        prompt = max(spec.prompt - self._limit(spec.prompt, spec), 0)
         return spec.less(n).replace(
+            prompt=prompt,
             per_layer=spec.per_layer or self.score.per_layer,
             per_head=spec.per_head or self.score.per_head,
         )
 
     def releases(self, state: Slots, kv: KV) -> Array:
-        return jnp.any(state.seen + kv.count > tokens_of(self.n, state.spec))
+        after = state.seen + kv.count
+        return jnp.any(after > self._limit(after, state.spec))
 
     def _value(self, kv: KV, context: Commit, unrotated: bool) -> Array:
         if self._local:
@@ -172,9 +213,11 @@ class Heavy(SlotStage):
         kv = dataclasses.replace(kv, extra={n: buffer.column(kv, n) for n in state.kv.extra})
         kv = self._store(kv, spec)
         if kv.size == 1 and self.absorb is None and not self.score.over_set:
-            held, over = self._replace_one(state.kv, kv, context, spec.unrotated)
+            change = self._replace_one
         else:
-            held, over = self._select(state.kv, kv, context, spec.unrotated)
+            change = self._select
+        limit = self._limit(state.seen + arrived, spec)
+        held, over = change(state.kv, kv, context, spec.unrotated, limit)
         over = dataclasses.replace(over, extra={n: over.extra[n] for n in spec.columns})
         return state.replace(kv=held, seen=state.seen + arrived), self._load(over, spec)
 
@@ -182,7 +225,9 @@ class Heavy(SlotStage):
         """The `recent` newest positions."""
         return (pos > newest - self.recent) & (pos >= 0) if self.recent else jnp.zeros((), bool)
 
-    def _replace_one(self, held: KV, kv: KV, context: Commit, unrotated: bool) -> tuple[KV, KV]:
+    def _replace_one(
+        self, held: KV, kv: KV, context: Commit, unrotated: bool, limit: Any
+    ) -> tuple[KV, KV]:
         """One new token takes a free slot, or that of the worst; or is itself the worst."""
         lead = held.pos.shape[:3]
         newest = jnp.maximum(jnp.max(held.pos, -1, keepdims=True), kv.pos)
@@ -194,9 +239,14 @@ class Heavy(SlotStage):
             return value, pos
 
         value, pos = worth(held)
-        value = jnp.where(pos >= 0, value, -jnp.inf)
+        # Free slots are taken first, up to the limit.
+        free = -jnp.inf
+        if isinstance(self.n, Growth):
+            room = jnp.sum(pos >= 0, -1, dtype=jnp.int32) < limit
+            free = jnp.where(room, -jnp.inf, jnp.inf)[..., None]
+        value = jnp.where(pos >= 0, value, free)
         low = jnp.min(value, -1, keepdims=True)
-        # Free slots first; among equals the highest position goes.
+        # Among equals the highest position goes.
         choice = jnp.where(value == low, jnp.where(pos < 0, jnp.iinfo(jnp.int32).max, pos), -1)
         slot = jnp.argmax(choice, -1, keepdims=True).astype(jnp.int32)
         free = jnp.take_along_axis(pos, slot, -1) < 0
@@ -216,7 +266,9 @@ class Heavy(SlotStage):
         slot = buffer.after(slot, *jax.tree.leaves(out))
         return buffer.put(held, jnp.where(enters, slot, -1), kv, context.layout), over
 
-    def _select(self, held: KV, kv: KV, context: Commit, unrotated: bool) -> tuple[KV, KV]:
+    def _select(
+        self, held: KV, kv: KV, context: Commit, unrotated: bool, limit: Any
+    ) -> tuple[KV, KV]:
         """Many new tokens: all compete anew."""
         slots = held.size
         both = buffer.by_position(buffer.concat(held, kv))
@@ -226,7 +278,8 @@ class Heavy(SlotStage):
         value = jnp.where(self._protected(both.pos, newest), jnp.inf, value)
         order = rank(value, both)
         place = jnp.argsort(order, -1)
-        wins = (place < slots) & (both.pos >= 0)
+        most = limit[..., None] if isinstance(self.n, Growth) else slots
+        wins = (place < most) & (both.pos >= 0)
         stay, _ = buffer.compact(both, wins)
         lose, _ = buffer.compact(both, ~wins & (both.pos >= 0))
         # At most as many can lose as came.
@@ -237,7 +290,7 @@ class Heavy(SlotStage):
         return stay, lose
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:
-        n = tokens_of(self.n, state.spec)
+        n = self._limit(1 if isinstance(self.n, Growth) else 0, state.spec)
         reach = n - jnp.minimum(least(state.seen), n) + 1
         if self.downstream(state.spec) is None:
             reach = jnp.full_like(reach, FOREVER)
@@ -245,14 +298,18 @@ class Heavy(SlotStage):
 
 
 def heavy(
-    n: int | Share, score: Score, recent: int = 0, absorb: Absorb | None = None, codec: Any = None
+    n: int | Share | Growth,
+    score: Score,
+    recent: int = 0,
+    absorb: Absorb | None = None,
+    codec: Any = None,
 ) -> SlotStage:
     """The best n tokens by `score`, exactly; the others flow on.
 
     A single new token replaces the worst held one in place; a bulk competes with all held.
 
     Args:
-      n: tokens held per row and head, or a `share` of the prompt.
+      n: tokens held per row and head, a `share` of the prompt, or a `growth` with all tokens.
       score: how much a token is worth; one that new tokens can be given.
       recent: of the n, the tokens at the newest `recent` positions always stay.
       absorb: merging rule for those that lose their place, such as `nearest(0.5)`.

@@ -19,6 +19,7 @@ from jax import Array
 from kvjax.cache.attention import block_size, blockwise, layer_of
 from kvjax.cache.buffer import put_rows
 from kvjax.cache.types import Partial, Query, Spec, merge, pytree
+from kvjax.codecs import PerKV, joins_heads
 
 # Tokens per page of a pool: every head wastes less than one page.
 PAGE = 16
@@ -29,6 +30,15 @@ CHUNK = 64
 def per_layer(x: Array, layer: Array) -> Array:
     """[L or 1, ...] -> [...] of one layer."""
     return jax.lax.dynamic_index_in_dim(x, layer if x.shape[0] > 1 else 0, 0, keepdims=False)
+
+
+def check_heads(pair: PerKV, spec: Spec) -> None:
+    """Raises ValueError where a codec takes several heads together that hold different tokens."""
+    if (spec.per_head or spec.totals is not None) and joins_heads(pair):
+        raise ValueError(
+            f"store(codec={pair}) codes several heads together, but what comes here are other "
+            "tokens for each head"
+        )
 
 
 @pytree("slots", "unit")

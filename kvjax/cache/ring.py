@@ -37,6 +37,10 @@ class Window:
     def capacity(self) -> int:
         return self.n + self.release - 1
 
+    def fitting(self, ring: Array) -> Window:
+        """The window of a ring [L, B, H, N, D] that was cut to the most tokens that can come."""
+        return self if ring.shape[3] == self.capacity else Window(ring.shape[3])
+
     def left(self, seen: Array) -> Array:
         """How many arrivals have left, int32 like `seen`."""
         full = self.release * ((seen - self.n) // self.release)

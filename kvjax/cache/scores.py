@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.attention import received
-from kvjax.cache.stage import Column, Commit, Statistic
+from kvjax.cache.stage import Column, Commit, InputMark, Mark, Statistic
 from kvjax.cache.types import KV, Observation, Spec, pytree
 
 
@@ -43,6 +43,11 @@ class Score:
     def always(self) -> int:
         """How many tokens of a prompt it keeps whatever they are worth (score +inf)."""
         return 0
+
+    @property
+    def refuses(self) -> bool:
+        """Whether tokens may be worth -inf: not to be had at any price."""
+        return False
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -112,6 +117,44 @@ def accumulated_attention() -> Score:
     Unnormalised by age; mean over the query heads that share a key-value head.
     """
     return ReceivedScore(Received("attention"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Marked(Score):
+    """See `marked`."""
+
+    column: Mark
+    refuses: bool = False
+
+    @property
+    def streaming(self) -> bool:
+        return True
+
+    @property
+    def per_head(self) -> bool:
+        return False
+
+    @property
+    def per_layer(self) -> bool:
+        return isinstance(self.column, InputMark)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (self.column,)
+
+    def __call__(self, kv: KV, context: Commit, unrotated: bool) -> Array:
+        value = kv.extra[self.column.name]
+        return value[:, :, :1] if self.per_layer else value[:1, :, :1]
+
+
+def marked(column: Mark, refuses: bool = False) -> Score:
+    """The value of a column that tokens bring, the same for all heads.
+
+    Args:
+      column: one that the caller puts into `New.kv.extra`, or an `InputMark`, made by `forward`.
+      refuses: whether it may be -inf, for tokens that are never to be chosen.
+    """
+    return Marked(column, refuses)
 
 
 def newest_attention(whole_layer: bool = True) -> Score:

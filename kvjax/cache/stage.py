@@ -58,6 +58,11 @@ class Column:
         """Whether `update` reads the attention statistics of the rows being committed."""
         return True
 
+    @property
+    def lasting(self) -> bool:
+        """Whether tokens that bring it keep it to the end of the chain, whoever asks for it."""
+        return False
+
     def update(self, old: Array, k: Array, pos: Array, context: Commit) -> Array:
         """The column after rows were committed.
 
@@ -78,6 +83,28 @@ class Carried(Column):
     @property
     def observes(self) -> bool:
         return False
+
+    @property
+    def lasting(self) -> bool:
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark(Carried):
+    """A carried column for those stages alone that name it, such as which tokens are images."""
+
+    @property
+    def lasting(self) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class InputMark(Mark):
+    """A mark that `forward` makes from what each layer reads."""
+
+    def of_input(self, x: Array) -> Array:
+        """x [B, T, D], the input of a layer before its norm -> float32 [B, T]."""
+        raise NotImplementedError(f"column {self.name!r} is not made from a layer's input")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +175,10 @@ class Stage:
     def every_layer(self) -> bool:
         """Whether layers without this stage would miss tokens, so that none can be left out."""
         return False
+
+    def constants(self, width: int) -> tuple[str, ...]:
+        """Names of the constants that it reads, for heads of `width` channels."""
+        return ()
 
     def init(self, spec: Spec) -> Any:
         """An empty state able to hold what `spec` says can come. Raises ValueError if it can't."""

@@ -15,7 +15,7 @@ from kvjax.cache.ring import Window, tree_gather, tree_write
 from kvjax.cache.share import Share, tokens_of
 from kvjax.cache.stage import FOREVER, Commit, Stage, exact, least, most, observe_slots, total
 from kvjax.cache.types import KV, Partial, Query, Spec, partial_attention, pytree, rotate
-from kvjax.codecs import as_pair
+from kvjax.codecs import as_pair, joins_heads
 
 
 @pytree("spec")
@@ -54,6 +54,11 @@ class SlotStage(Stage):
                     f"{type(self).__name__.lower()}(codec={codec}): the codec of {name} codes "
                     f"{part.block} tokens together, but slots are replaced one by one; use a "
                     "codec of single tokens, such as quantize(4, axis='token')"
+                )
+            if joins_heads(part):
+                raise ValueError(
+                    f"{type(self).__name__.lower()}(codec={codec}): the codec of {name} codes "
+                    "several heads together; only a store does that"
                 )
             if width is not None:
                 part.check(width)

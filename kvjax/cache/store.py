@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
-from kvjax.cache.attention import dot_keys, dot_values
+from kvjax.cache.attention import dot_keys, dot_values, visible
 from kvjax.cache.fit import Fit
 from kvjax.cache.kernels import attend_stored
-from kvjax.cache.paging import Pool, Rectangle, per_layer
+from kvjax.cache.paging import Pool, Rectangle, check_heads, per_layer
 from kvjax.cache.readers import Reader
 from kvjax.cache.ring import Window
 from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
@@ -96,9 +96,16 @@ class Store(Stage):
         page = 1 if self.reader is None else self.reader.page
         return math.lcm(self.codec.k.block, self.codec.v.block, page)
 
-    def init(self, spec: Spec) -> Stored:
+    def constants(self, width: int) -> tuple[str, ...]:
+        found = set() if self.fit is None else set(self.fit.names)
+        asked = {**self.codec.k.constants_spec(width), **self.codec.v.constants_spec(width)}
+        return tuple(name for name in asked if name not in found)
+
+    def init(self, spec: Spec, whole: bool = False) -> Stored:
+        """`whole`: tokens will come once and in whole units, so no exact slots are needed."""
         self.codec.k.check(spec.width)
         self.codec.v.check(spec.width)
+        check_heads(self.codec, spec)
         length = spec.max_length
         room = [max(length - w.n, 0) // w.release * w.release for w in (self.keys, self.values)]
         if spec.totals is not None:
@@ -127,7 +134,7 @@ class Store(Stage):
         )
         head = (spec.layers, spec.batch, spec.kv_heads)
         rings = (
-            jnp.zeros((*head, min(w.capacity, length), spec.width), spec.dtype)
+            jnp.zeros((*head, 0 if whole else min(w.capacity, length), spec.width), spec.dtype)
             for w in (self.keys, self.values)
         )
         seen = head if spec.totals is not None else spec.lead
@@ -190,7 +197,7 @@ class Store(Stage):
         """Codes what leaves the exact window of one side, and takes the new rows into it."""
         seen, place = state.seen, state.place
         rows = rows.astype(state.spec.dtype)
-        window = _fitting(window, ring)
+        window = window.fitting(ring)
         if jax.tree.leaves(code):
             old, new = window.left(seen), window.left(seen + arrived)
             count = window.leaving(rows.shape[3])
@@ -216,14 +223,7 @@ class Store(Stage):
         return code, window.write(ring, rows, seen, arrived)
 
     def _constants(self, codec: Codec, state: Stored, given: Any) -> dict[str, Array] | None:
-        names = codec.constants_spec(state.spec.width)
-        if not names:
-            return None
-        found = {**(given or {}), **state.fitted}
-        missing = sorted(names.keys() - found.keys())
-        if missing:
-            raise ValueError(f"{codec} needs the constants {missing}; give them to init_cache")
-        return {name: found[name] for name in names}
+        return codec.pick({**(given or {}), **state.fitted}, state.spec.width)
 
     def _note_pages(self, state: Stored, seen: Array, kv: KV, context: Commit) -> Any:
         """Shows the reader every page that these rows completed."""
@@ -267,7 +267,7 @@ class Store(Stage):
         if jax.tree.leaves(state.k) and jax.tree.leaves(state.v) and state.place.slots:
             done = attend_stored(query, self, state, layer, coded)
             done = self._attend_coded(state, layer, query, q, coded) if done is None else done
-        if self.keys.capacity or self.values.capacity:
+        if state.k_ring.shape[3] or state.v_ring.shape[3]:
             tail = self._attend_tail(state, layer, query, q, seen, coded)
             done = tail if done is None else merge(done, tail)
         return query.ungroup(done), carry
@@ -293,13 +293,13 @@ class Store(Stage):
             logits = query.cap(logits)
             if "bias" in state.extra:
                 logits = logits + read(state.extra["bias"], 1)[..., None, :]
-            seen = _visible(query, pos, rows) & mask[..., None, :]
+            seen = visible(query, pos, rows) & mask[..., None, :]
             code = jax.tree.map(lambda x: read(x, cv.block), state.v)
             return partial_attention(logits, seen, lambda p: cv.mix(p, code, vc))
 
-        rows, count = self._rows(query, q), query.pos.shape[1]
+        rows, count = query.rows(q), query.pos.shape[1]
         if self.reader is None or count > buffer.FEW:
-            base, slots = _here(state, query)
+            base = query.base(slots := state.pos.shape[-1])
             slots = min(slots, state.place.slots)
             if query.shard is not None:
                 coded = jnp.clip(coded - base, 0, slots)
@@ -313,7 +313,7 @@ class Store(Stage):
                 query, q=cut(query.q, 2), raw=cut(query.raw, 2), pos=cut(query.pos, 1)
             )
             q = row.grouped(row.q, state.spec.kv_heads)
-            return self._attend_pages(state, layer, row, q, self._rows(row, q), coded, part)
+            return self._attend_pages(state, layer, row, q, row.rows(q), coded, part)
 
         # Each row reads what it would have read alone. [T, B, H, G, ..] -> [B, H, G * T, ..]
         done = jax.lax.map(one, jnp.arange(count))
@@ -327,7 +327,7 @@ class Store(Stage):
     ) -> Partial:  # fmt: skip
         """In two phases: the reader names pages, and only those are gathered and decoded."""
         page = self.reader.page
-        base, slots = _here(state, query)
+        base = query.base(slots := state.pos.shape[-1])
         index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
         chosen = self.reader.select(index, query, q, coded // page)
         chosen = jnp.broadcast_to(chosen, (*q.shape[:2], chosen.shape[-1]))
@@ -338,20 +338,15 @@ class Store(Stage):
             return state.place.gather(x, layer, unit.reshape(*chosen.shape[:2], -1), block)
 
         # Pages whose slots are elsewhere are read there.
-        there = jnp.repeat(_at_hand(query, chosen >= 0, chosen * page, slots), page, -1)
+        there = jnp.repeat(query.at_hand(chosen >= 0, chosen * page, slots), page, -1)
         picked = part(read, there, q, rows)
         # The last, incomplete page is always read.
         token = (coded // page * page)[..., None] + jnp.arange(page)
         rest = lambda x, block: state.place.gather(  # noqa: E731
             x, layer, (token[..., ::block] - base) // block, block
         )
-        mask = _at_hand(query, token < coded[..., None], token, slots)
+        mask = query.at_hand(token < coded[..., None], token, slots)
         return merge(picked, part(rest, mask, q, rows))
-
-    @staticmethod
-    def _rows(query: Query, q: Array) -> Array:
-        """Positions of the grouped query rows, int32 [B, H, G * T]."""
-        return jnp.tile(query.pos[:, None], (1, q.shape[1], q.shape[2] // query.pos.shape[1]))
 
     def _attend_tail(
         self, state: Stored, layer: Array, query: Query, q: Array, seen: Array, coded: Array
@@ -359,8 +354,8 @@ class Store(Stage):
         """Tokens of which the key or the value is still exact."""
         length = max(state.k_ring.shape[3], state.v_ring.shape[3])
         number = coded[..., None] + jnp.arange(length, dtype=jnp.int32)
-        base, slots = _here(state, query)
-        mask = _at_hand(query, number < seen[..., None], number, slots)
+        base = query.base(slots := state.pos.shape[-1])
+        mask = query.at_hand(number < seen[..., None], number, slots)
         pos = state.place.gather(state.pos, layer, number - base)
         k = self._side(
             state, self.codec.k, self.keys, state.k, state.k_ring, layer, query, seen, number
@@ -374,7 +369,7 @@ class Store(Stage):
         if "bias" in state.extra:
             bias = state.place.gather(state.extra["bias"], layer, number - base)
             logits = logits + bias[:, :, None]
-        seen_mask = _visible(query, pos, self._rows(query, q)) & mask[..., None, :]
+        seen_mask = visible(query, pos, query.rows(q)) & mask[..., None, :]
         return partial_attention(logits, seen_mask, lambda p: dot_values(p, v))
 
     def _side(
@@ -383,7 +378,7 @@ class Store(Stage):
     ) -> Array:  # fmt: skip
         """Exact or decoded values of arrivals `number` [B, H or 1, M] of one layer."""
         other = self.values if window is self.keys else self.keys
-        window = _fitting(window, ring)
+        window = window.fitting(ring)
         exact, held = None, number >= window.left(seen)[..., None]
         if window.capacity:
             own = per_layer(ring, layer)
@@ -391,7 +386,7 @@ class Store(Stage):
             if not jax.tree.leaves(code) or window == other:
                 return exact
         block = codec.block
-        number = number - _here(state, query)[0]
+        number = number - query.base(state.pos.shape[-1])
         first = number[..., :1] // block
         count = -(-number.shape[-1] // block) + (1 if block > 1 else 0)
         units = first + jnp.arange(count)
@@ -425,33 +420,6 @@ class Store(Stage):
             first = jnp.where(jnp.any(turns, -1), jnp.argmax(turns, -1) + 1, more[-1])
             reach = jnp.minimum(reach, least(first))
         return reach, True
-
-
-def _here(state: Stored, query: Query) -> tuple[Array | int, int]:
-    """(first, count): which of a rectangle's token slots are at hand; the others are elsewhere."""
-    slots = state.pos.shape[-1]
-    return query.base(slots), slots
-
-
-def _at_hand(query: Query, mask: Array, number: Array, slots: int) -> Array:
-    """`mask` of tokens `number`, without those whose slots another device holds."""
-    if query.shard is None:
-        return mask
-    base = query.base(slots)
-    return mask & (number >= base) & (number < base + slots)
-
-
-def _fitting(window: Window, ring: Array) -> Window:
-    """The window of a ring that was cut to the most tokens that can ever come."""
-    return window if ring.shape[3] == window.capacity else Window(ring.shape[3])
-
-
-def _visible(query: Query, pos: Array, rows: Array) -> Array:
-    """bool [..., R or 1, N]: which tokens at pos [..., N] each row at rows [..., R] may see."""
-    there = (pos >= 0)[..., None, :]
-    if not query.window:
-        return there
-    return there & (rows[..., :, None] - pos[..., None, :] < query.span)
 
 
 def store(

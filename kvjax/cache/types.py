@@ -224,10 +224,21 @@ class Query:
         """Number of the first slot of a buffer of which `slots` are at hand: 0 unless split."""
         return 0 if self.shard is None else self.shard * slots
 
+    def at_hand(self, mask: Array, number: Array, slots: int) -> Array:
+        """`mask` of tokens `number`, without those whose slots another device holds."""
+        if self.shard is None:
+            return mask
+        base = self.base(slots)
+        return mask & (number >= base) & (number < base + slots)
+
     def grouped(self, q: Array, heads: int) -> Array:
         """[B, Hq, T, D] -> [B, H, G * T, D]: the query heads that share a key-value head."""
         batch, query_heads, rows, width = q.shape
         return q.reshape(batch, heads, query_heads // heads * rows, width)
+
+    def rows(self, q: Array) -> Array:
+        """Positions of the rows of grouped queries [B, H, G * T, D]: int32 [B, H, G * T]."""
+        return jnp.tile(self.pos[:, None], (1, q.shape[1], q.shape[2] // self.pos.shape[1]))
 
     def ungroup(self, part: Partial) -> Partial:
         """Partial over [B, H, G * T] -> over [B, Hq, T]."""

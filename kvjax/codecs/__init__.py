@@ -2,6 +2,16 @@
 
 from kvjax.codecs.affine import Quantize, quantize
 from kvjax.codecs.base import Code, Codec, Constants
+from kvjax.codecs.coarse import (
+    Fourier,
+    Signs,
+    SplitChannels,
+    Ternary,
+    fourier,
+    signs,
+    split_channels,
+    ternary,
+)
 from kvjax.codecs.codebook import Codebook, codebook, gaussian_levels
 from kvjax.codecs.combine import (
     Compose,
@@ -12,6 +22,16 @@ from kvjax.codecs.combine import (
     with_outliers,
 )
 from kvjax.codecs.dense import Dense, dense
+from kvjax.codecs.heads import (
+    AcrossHeads,
+    PermuteHeads,
+    RotateHeads,
+    across_heads,
+    joins_heads,
+    permute_heads,
+    rotate_heads,
+)
+from kvjax.codecs.levels import Levels, Normalize, levels, normalize
 from kvjax.codecs.lowrank import LowRank, low_rank
 from kvjax.codecs.packing import pack, quantum, unpack
 from kvjax.codecs.pair import PerKV, as_pair, per_kv
@@ -22,12 +42,14 @@ from kvjax.codecs.transform import (
     Rotate,
     Transform,
     balance,
+    hadamard,
     projection,
     rotate,
     walsh_hadamard,
 )
 
 __all__ = [
+    "AcrossHeads",
     "Balance",
     "Code",
     "Codebook",
@@ -35,30 +57,49 @@ __all__ = [
     "Compose",
     "Constants",
     "Dense",
+    "Fourier",
+    "Levels",
     "LowRank",
+    "Normalize",
     "Outliers",
     "PerKV",
+    "PermuteHeads",
     "Projection",
     "Quantize",
     "Residual",
     "Rotate",
+    "RotateHeads",
+    "Signs",
+    "SplitChannels",
+    "Ternary",
     "Transform",
     "WithOutliers",
+    "across_heads",
     "as_pair",
     "balance",
     "codebook",
     "compose",
     "dense",
+    "fourier",
     "gaussian_levels",
+    "hadamard",
+    "joins_heads",
+    "levels",
     "low_rank",
+    "normalize",
     "outliers",
     "pack",
     "per_kv",
+    "permute_heads",
     "projection",
     "quantize",
     "quantum",
     "residual",
     "rotate",
+    "rotate_heads",
+    "signs",
+    "split_channels",
+    "ternary",
     "unpack",
     "walsh_hadamard",
     "with_outliers",

@@ -21,6 +21,7 @@ class Quantize(Codec):
     symmetric: bool = False
     scale_dtype: str = "float16"
     parts: int = 1
+    clip: float = 1.0
 
     def __post_init__(self):
         if not isinstance(self.code_bits, int) or not 1 <= self.code_bits <= 8:
@@ -30,6 +31,9 @@ class Quantize(Codec):
         if self.symmetric and self.code_bits == 1:
             raise ValueError("bits is 1: symmetric codes need at least 2 (zero is one of them)")
         object.__setattr__(self, "scale_dtype", float_name("scale_dtype", self.scale_dtype))
+        if not 0 < self.clip <= 1:
+            raise ValueError(f"clip is {self.clip!r}: a part of the range lies in (0, 1]")
+        object.__setattr__(self, "clip", float(self.clip))
         if self.parts < 1 or (self.parts > 1 and (self.group or self.axis == "channel")):
             raise ValueError(
                 f"parts is {self.parts}: expected at least 1, and more only for axis 'token' "
@@ -159,13 +163,16 @@ class Quantize(Codec):
     def _fit(self, x, valid):
         """Scale and min (None when symmetric) of each group, in the dtype they are stored in."""
         if self.symmetric:
-            scale = jnp.max(jnp.abs(x), self._axis) / self._half
+            scale = self.clip * jnp.max(jnp.abs(x), self._axis) / self._half
             return saturate(scale, self.scale_dtype), None
         low = x if valid is None else jnp.where(valid, x, jnp.inf)
         high = x if valid is None else jnp.where(valid, x, -jnp.inf)
         low, high = jnp.min(low, self._axis), jnp.max(high, self._axis)
         some = low <= high  # false where no token of the group is valid
         low, high = jnp.where(some, low, 0.0), jnp.where(some, high, 0.0)
+        if self.clip < 1:
+            cut = (1 - self.clip) / 2 * (high - low)
+            low, high = low + cut, high - cut
         scale = saturate((high - low) / (2**self.code_bits - 1), self.scale_dtype)
         return scale, saturate(low, self.scale_dtype)
 
@@ -177,6 +184,7 @@ def quantize(
     symmetric: bool = False,
     scale_dtype="float16",
     parts: int = 1,
+    clip: float = 1.0,
 ) -> Quantize:
     """Uniform quantisation of groups of values to `bits` bits each.
 
@@ -193,6 +201,8 @@ def quantize(
         "channel": one channel of `group` consecutive tokens (None: 32), which is then the block.
       group: length of a group; packing needs a multiple of 8 / (the lowest power of two in `bits`).
       symmetric: see above.
+      clip: the part of a group's range that codes cover, about its centre; what lies outside is
+        read as the nearest end. Fewer levels want a smaller part.
       parts: in place of `group`, for "token": into how many equal groups a head is split.
       scale_dtype: of s and m. float16 holds 6e-8 to 65504: beyond it s and m saturate (the values
         are clipped, never inf), below it a group counts as without range. Data with larger values
@@ -210,4 +220,4 @@ def quantize(
     >>> quantize(2, axis="channel", group=32).bits(64)
     3.0
     """
-    return Quantize(bits, axis, group, symmetric, scale_dtype, parts)
+    return Quantize(bits, axis, group, symmetric, scale_dtype, parts, clip)

@@ -64,6 +64,17 @@ class Codec:
         del width
         return {}
 
+    def pick(self, found: Constants, width: int) -> dict[str, jax.Array] | None:
+        """The constants that this codec needs, of those found; None: it needs none.
+
+        Raises:
+          ValueError: some are not there.
+        """
+        names = self.constants_spec(width)
+        if missing := sorted(names.keys() - found.keys()):
+            raise ValueError(f"{self} needs the constants {missing}; give them to init_cache")
+        return {name: found[name] for name in names} or None
+
     def empty(self, leading: tuple[int, ...], tokens: int, width: int, dtype=jnp.float32) -> Code:
         """A zero-filled code of tokens // block units, which decodes to zeros."""
         shapes = self.code_spec(leading, tokens, width, dtype)
@@ -82,7 +93,7 @@ class Codec:
         `dtype` is that of x, which matters only where a codec stores parts in it (`dense()`).
         Constants are not counted: they are shared by all tokens.
         """
-        leaves = jax.tree.leaves(self.code_spec((), self.block, width, dtype))
+        leaves = jax.tree.leaves(self.code_spec((1,), self.block, width, dtype))
         return 8.0 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / (self.block * width)
 
     def roundtrip(self, x, valid=None, key=None, constants=None) -> jax.Array:

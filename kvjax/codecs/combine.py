@@ -131,7 +131,13 @@ class Compose(Codec):
         y = last.roundtrip(y, valid, key, constants)
         return self._inverse(first, y, constants).astype(x.dtype)
 
+    @property
+    def _folds(self) -> bool:
+        return all(part.folds for part in self.parts if isinstance(part, Transform))
+
     def scores(self, q, code, constants=None):
+        if not self._folds:
+            return super().scores(q, code, constants)
         *first, last = self.parts
         y = q
         for part in first:
@@ -139,6 +145,8 @@ class Compose(Codec):
         return last.scores(y.astype(q.dtype), code, constants)
 
     def mix(self, p, code, constants=None):
+        if not self._folds:
+            return super().mix(p, code, constants)
         *first, last = self.parts
         return self._inverse(first, last.mix(p, code, constants), constants)
 

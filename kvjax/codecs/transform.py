@@ -15,13 +15,20 @@ import numpy as np
 
 from kvjax.codecs.base import Codec, masked
 
-_exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+multiply = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform(Codec):
     """Base of the linear maps: subclasses give `forward`, `inverse` and, unless orthogonal,
-    `adjoint`, each float32 [..., T, D] -> [..., T, W] or back."""
+    `adjoint`, each float32 [..., T, D] -> [..., T, W] or back.
+
+    `folds`: whether a query of one head meets the images of that head by `adjoint`, and mixed
+    images are brought back by `inverse`; not so for maps that mix heads or add an offset, of which
+    tokens are decoded first.
+    """
+
+    folds = True
 
     def out_width(self, width: int) -> int:
         """Channels of the image of a head of `width` channels."""
@@ -52,10 +59,14 @@ class Transform(Codec):
         return self.decode(self.encode(x, valid, key, constants), x.dtype, constants)
 
     def scores(self, q, code, constants=None):
+        if not self.folds:
+            return super().scores(q, code, constants)
         q = self.adjoint(q, constants).astype(q.dtype)
         return jnp.einsum("...rd,...td->...rt", q, code, preferred_element_type=jnp.float32)
 
     def mix(self, p, code, constants=None):
+        if not self.folds:
+            return super().mix(p, code, constants)
         y = jnp.einsum("...rt,...td->...rd", p, code, preferred_element_type=jnp.float32)
         return self.inverse(y, constants)
 
@@ -65,8 +76,13 @@ class Rotate(Transform):
     """See `rotate`."""
 
     seed: int | str = 0
+    kind: str = "hadamard"
 
     def __post_init__(self):
+        if self.kind not in ("hadamard", "orthogonal"):
+            raise ValueError(f"kind is {self.kind!r}: expected 'hadamard' or 'orthogonal'")
+        if self.kind == "orthogonal" and self.seed == "hadamard":
+            raise ValueError("seed is 'hadamard': kind 'orthogonal' needs an integer")
         plain = isinstance(self.seed, int) and not isinstance(self.seed, bool) and self.seed >= 0
         if not plain and self.seed != "hadamard":
             raise ValueError(f"seed is {self.seed!r}: expected an integer >= 0 or 'hadamard'")
@@ -78,23 +94,28 @@ class Rotate(Transform):
 
     def forward(self, x, constants=None):
         x, width = x.astype(jnp.float32), x.shape[-1]
-        if width & (width - 1):
-            return _exact(x, _orthogonal(self.seed, width))
+        if self._dense(width):
+            return multiply(x, _orthogonal(self.seed, width))
         return walsh_hadamard(x if self.seed == "hadamard" else x * _signs(self.seed, width))
+
+    def _dense(self, width: int) -> bool:
+        return self.kind == "orthogonal" or bool(width & (width - 1))
 
     def inverse(self, y, constants=None):
         y, width = y.astype(jnp.float32), y.shape[-1]
-        if width & (width - 1):
-            return _exact(y, _orthogonal(self.seed, width).T)
+        if self._dense(width):
+            return multiply(y, _orthogonal(self.seed, width).T)
         x = walsh_hadamard(y)
         return x if self.seed == "hadamard" else x * _signs(self.seed, width)
 
 
-def rotate(seed: int | str = 0) -> Rotate:
+def rotate(seed: int | str = 0, kind: str = "hadamard") -> Rotate:
     """Rotates the channels of every token: y = H S x / sqrt(D), x = S H y / sqrt(D).
 
     H is the Walsh-Hadamard matrix and S random signs drawn from `seed` ('hadamard': no signs). A
-    width that is not a power of two uses a random orthogonal matrix (QR of a Gaussian) instead.
+    width that is not a power of two, and the kind "orthogonal", use a random orthogonal matrix (QR
+    of a Gaussian) instead. The latter also suits vectors of a single large channel, whose image
+    under H S has all entries of one magnitude, which may lie between two levels.
     Rotated channels of any token are near Gaussian, without outlier channels, so a uniform or a
     fixed grid codes them well.
 
@@ -105,7 +126,7 @@ def rotate(seed: int | str = 0) -> Rotate:
     >>> [float(v) for v in r.encode(jnp.array([[2.0, 0.0, 0.0, 0.0]]))[0]]
     [1.0, 1.0, 1.0, 1.0]
     """
-    return Rotate(seed)
+    return Rotate(seed, kind)
 
 
 def walsh_hadamard(x: jax.Array) -> jax.Array:
@@ -123,18 +144,45 @@ def walsh_hadamard(x: jax.Array) -> jax.Array:
     if n & (n - 1):
         raise ValueError(f"x has {n} channels: expected a power of two")
     if n <= 128:
-        return _exact(x, _hadamard(n))
-    x = _exact(x.reshape(*x.shape[:-1], n // 128, 128), _hadamard(128))
+        return multiply(x, hadamard(n))
+    x = multiply(x.reshape(*x.shape[:-1], n // 128, 128), hadamard(128))
     x = jnp.swapaxes(walsh_hadamard(jnp.swapaxes(x, -1, -2)), -1, -2)
     return x.reshape(*x.shape[:-2], n)
 
 
 @functools.lru_cache
-def _hadamard(n: int) -> np.ndarray:
-    h = np.ones((1, 1))
+def hadamard(n: int) -> np.ndarray:
+    """The orthonormal Hadamard matrix of order n = 2^k, 12 2^k or 20 2^k, float32 [n, n].
+
+    Symmetric for 2^k (Sylvester's); the cores of 12 and 20 are Paley's, which are not.
+
+    >>> h = hadamard(24)
+    >>> bool(np.allclose(h @ h.T, np.eye(24), atol=1e-6)), len(set(np.abs(h).ravel()))
+    (True, 1)
+    """
+    if not has_hadamard(n):
+        raise ValueError(f"n is {n}: expected 2^k, 12 2^k or 20 2^k")
+    h = _paley(n // (n & -n) * 4) if n & (n - 1) else np.ones((1, 1))
     while len(h) < n:
         h = np.block([[h, h], [h, -h]])
     return (h / np.sqrt(n)).astype(np.float32)
+
+
+def has_hadamard(n: int) -> bool:
+    """Whether `hadamard` knows this order."""
+    odd = n // (n & -n)
+    return odd == 1 or (odd in (3, 5) and n % 4 == 0)
+
+
+def _paley(n: int) -> np.ndarray:
+    """Paley's Hadamard matrix of order n = q + 1, q a prime that leaves 3 when divided by 4."""
+    q = n - 1
+    squares = {i * i % q for i in range(1, q)}
+    sign = np.array([0] + [1 if i in squares else -1 for i in range(1, q)])
+    core = sign[(np.arange(q)[None] - np.arange(q)[:, None]) % q]
+    skew = np.zeros((n, n))
+    skew[0, 1:], skew[1:, 0], skew[1:, 1:] = 1, -1, core
+    return skew + np.eye(n)
 
 
 @functools.lru_cache
@@ -171,10 +219,12 @@ class Projection(Transform):
         return {self.name: jax.ShapeDtypeStruct((width, self.rank), jnp.float32)}
 
     def forward(self, x, constants=None):
-        return _exact(x.astype(jnp.float32), _constant(constants, self.name))
+        return multiply(x.astype(jnp.float32), _constant(constants, self.name))
 
     def inverse(self, y, constants=None):
-        return _exact(y.astype(jnp.float32), jnp.matrix_transpose(_constant(constants, self.name)))
+        return multiply(
+            y.astype(jnp.float32), jnp.matrix_transpose(_constant(constants, self.name))
+        )
 
 
 def projection(rank: int, name: str = "basis") -> Projection:

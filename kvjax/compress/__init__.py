@@ -14,14 +14,18 @@ from kvjax.compress.h2o import h2o
 from kvjax.compress.keydiff import keydiff
 from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
+from kvjax.compress.kvquant import kvquant
 from kvjax.compress.mikv import mikv
 from kvjax.compress.parse import METHODS, parse
 from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
+from kvjax.compress.rotatekv import rotatekv
 from kvjax.compress.rtn import rtn
 from kvjax.compress.snapkv import snapkv
 from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
+from kvjax.compress.turboquant import turboquant
+from kvjax.compress.vidkv import vidkv
 
 __all__ = [
     "METHODS",
@@ -33,12 +37,16 @@ __all__ = [
     "keydiff",
     "kivi",
     "knorm",
+    "kvquant",
     "mikv",
     "parse",
     "pyramidkv",
     "random_eviction",
+    "rotatekv",
     "rtn",
     "snapkv",
     "streaming_llm",
     "tova",
+    "turboquant",
+    "vidkv",
 ]

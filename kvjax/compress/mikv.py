@@ -15,6 +15,7 @@ from kvjax.cache import (
     Statistic,
     accumulated_attention,
     chain,
+    growth,
     heavy,
     recent,
     store,
@@ -72,6 +73,7 @@ def mikv(
     important_bits: int = 16,
     recent_part: float = 0.5,
     balanced: bool = True,
+    grow: bool = False,
 ) -> Chain:
     """H2O's choice of important tokens, and all the others at few bits in place of being dropped.
 
@@ -90,10 +92,12 @@ def mikv(
       important_bits: of the important ones, 16 (exact) or 1 to 8.
       recent_part: the part of the important ones that goes to the newest.
       balanced: whether keys are balanced; False: plain quantisation.
+      grow: whether the important ones stay the fraction `keep` of all tokens as more come (the
+        newest keep their number); False: their number is that of the prompt.
 
     Raises:
-      ValueError: both sizes; sizes or bits out of range; on init_cache, a head size that does not
-        split into two groups.
+      ValueError: both sizes, or tokens that are to grow; sizes or bits out of range; on init_cache,
+        a head size that does not split into two groups.
 
     Source: No Token Left Behind: Reliable KV Cache Compression via Importance-Aware Mixed Precision
     Quantization, arXiv 2402.18096 (equations 1 to 4).
@@ -104,6 +108,11 @@ def mikv(
     """
     newest, best = split("mikv", keep, tokens, recent_part, default=0.2)
     bits_of("mikv", bits, least=0)
+    if grow and tokens is not None:
+        raise ValueError(
+            f"mikv(tokens={tokens}, grow=True): give keep, the fraction that is to stay"
+        )
+    best = growth(0.2 if keep is None else keep, beside=newest) if grow else best
     high = bits_of("mikv", important_bits, "important_bits")
     codec = None if high == 16 else grouped(high, parts=2)
     kept = chain(recent(newest, codec=codec), heavy(best, accumulated_attention(), codec=codec))

@@ -17,19 +17,24 @@ from kvjax.compress.h2o import h2o
 from kvjax.compress.keydiff import keydiff
 from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
+from kvjax.compress.kvquant import kvquant
 from kvjax.compress.mikv import mikv
 from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
+from kvjax.compress.rotatekv import rotatekv
 from kvjax.compress.rtn import rtn
 from kvjax.compress.snapkv import snapkv
 from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
+from kvjax.compress.turboquant import turboquant
+from kvjax.compress.vidkv import vidkv
 
 METHODS: dict[str, Callable[..., Chain]] = {
     f.__name__: f
     for f in (
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
-        expected_attention, keydiff, knorm, kivi, gear, mikv,
+        expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
+        vidkv,
     )
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from jax import Array
 
 from kvjax.cache.attention import attend_new
 from kvjax.cache.cache import Cache, attend, commit, rope_of, span_of, start
+from kvjax.cache.stage import InputMark
 from kvjax.cache.types import KV, PHASES, New, Observation, Phase, Query, merge, rotate
 from kvjax.models.config import Config
 from kvjax.models.linear import linear
@@ -36,6 +37,8 @@ def forward(
     read: bool = True,
     differentiable: bool = False,
     remat: bool = False,
+    marks: Sequence[InputMark] | None = None,
+    shift: tuple[Array, Array] | None = None,
 ) -> Any:
     """Runs new rows through the model, attending to the cache and to each other.
 
@@ -61,6 +64,9 @@ def forward(
         new keys and values exist at a time. Returns (logits, cache) in place of (logits, new).
       read: False: the cache is known to be empty (the first chunk of a prompt), do not read it.
       differentiable: attention loops of static length, for reverse-mode gradients.
+      marks: columns of the new tokens, made from what each layer reads; None: as the cache asks.
+      shift: added to the keys (before rotation) and values, two arrays [L, B, H, T, d]: zeros at
+        which a gradient is taken say how much each number matters.
       remat: for these keep each layer's input only, and compute the rest again on the way back.
 
     Returns:
@@ -83,6 +89,10 @@ def forward(
         raise ValueError("forward needs exactly one of tokens and embeddings")
     if statistics is None:
         statistics = cache is not None and cache.needs_attention
+    if marks is None:
+        marks = () if cache is None else cache.input_marks
+    if fold and marks:
+        raise ValueError(f"fold=True: the columns {[m.name for m in marks]} are not made there")
     valid = positions >= 0
     x = embed(model, jnp.where(valid, tokens, 0)) if embeddings is None else embeddings
     x = jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
@@ -102,10 +112,12 @@ def forward(
 
     def attention(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Any]:
         x, carry = state
-        (layer, rope, span, own), index = xs
+        (layer, rope, span, own, shift), index = xs
         before = x
         h = rms_norm(x.astype(dtype), layer.attention_norm[...], config)
         q, k, v = _project(h, layer, config, split)
+        if shift is not None:
+            k, v = k + shift[0], v + shift[1]
         if split:
             q, k, v = cache.layout.heads(q, k, v)
         raw = q * config.scale
@@ -137,7 +149,8 @@ def forward(
         if fold:
             out = _fold(cache, own, index, k, v, positions, phase)
         else:
-            out = (k, v, (turned, part.max, part.sum) if statistics else None)
+            marked = tuple(mark.of_input(before) for mark in marks)
+            out = (k, v, (turned, part.max, part.sum) if statistics else None, marked)
         return (x, carry), (out, before if hidden else None)
 
     if config.recurrent_layers:
@@ -167,7 +180,7 @@ def forward(
 
     _check_fold(cache, fold)
     inputs = {
-        "attention": (model.layers, rope, span, _slices(cache) if fold else None),
+        "attention": (model.layers, rope, span, _slices(cache) if fold else None, shift),
         "recurrent": (
             model.recurrent,
             cache.state[cache.recurrent] if fold and config.recurrent_layers else None,
@@ -186,8 +199,10 @@ def forward(
     if fold:
         return result, _unslice(cache, out, rows, positions)
     empty = jnp.zeros((0, x.shape[0], 0, x.shape[1], 0), dtype)
-    k, v, seen = (empty, empty, None) if out is None else out
-    kv = KV(k, v, positions[None, :, None].astype(jnp.int32))
+    k, v, seen, marked = (empty, empty, None, ()) if out is None else out
+    heads = lambda x: jnp.broadcast_to(x[:, :, None], k.shape[:-1])  # noqa: E731
+    extra = {mark.name: heads(x.astype(jnp.float32)) for mark, x in zip(marks, marked)}
+    kv = KV(k, v, positions[None, :, None].astype(jnp.int32), extra)
     observed = None if seen is None else Observation(*seen, positions, span)
 
     def entering(layer: int) -> Array:
@@ -261,7 +276,7 @@ def _logits(
 
 
 def head(model: Model, x: Array, split: bool = False) -> Array:
-    """Logits float32 [B, T, V] of final hidden states [B, T, D]."""
+    """Logits float32 [B, T, V] of final hidden states [B, T, D]; `split`: see `linear`."""
     config = model.config
     x = rms_norm(x, model.norm[...], config)
     weight = (model.embed if model.head is None else model.head)[...]

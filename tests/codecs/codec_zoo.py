@@ -11,13 +11,18 @@ from kvjax.codecs import (
     codebook,
     compose,
     dense,
+    fourier,
     gaussian_levels,
+    levels,
     low_rank,
     outliers,
     projection,
     quantize,
     residual,
     rotate,
+    signs,
+    split_channels,
+    ternary,
     with_outliers,
 )
 
@@ -30,6 +35,13 @@ ZOO = {
     "channel2": quantize(2, "channel", 16),
     "channel3_symmetric": quantize(3, "channel", 8, symmetric=True),
     "levels_groups": codebook((-1.5, 0.0, 0.3, 1.0), group=8),
+    "learnt_levels": levels(3, ranged=True),
+    "clipped": quantize(2, group=16, clip=0.8),
+    "signs": signs(16),
+    "ternary": ternary(16),
+    "split": split_channels(0.5, quantize(2, "channel", 16), compose(fourier(), signs(16))),
+    "fourier": fourier(),
+    "orthogonal": rotate(2, "orthogonal"),
     "rotate": rotate(1),
     "projection": projection(8),
     "turboquant": compose(rotate(0), codebook(gaussian_levels(4))),
@@ -49,6 +61,8 @@ def constants(width=WIDTH):
     basis = np.linalg.qr(rng.standard_normal((width, width)))[0].astype(np.float32)
     return {
         "basis": jnp.asarray(basis),
+        "levels": jnp.asarray(np.linspace(-1, 1, 8).astype(np.float32) ** 3),
+        "levels_read": jnp.asarray(np.linspace(-1, 1, 8).astype(np.float32) ** 3 * 1.1),
         "balance": jnp.asarray(rng.uniform(0.5, 2.0, width).astype(np.float32)),
     }
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import commit, finish, init_cache
+from kvjax.codecs import AcrossHeads, PerKV
 from kvjax.compress import parse
 from kvjax.models import llama
 from kvjax.models.config import Config
@@ -95,7 +96,32 @@ def inputs(lengths=LENGTHS, order=(0, 1, 2), left=False, fill=0.0):
 
 
 def cache_of(text: str, batch: int = 3):
-    return init_cache(CONFIG, parse(text)[0][1], batch, PROMPT + STEPS, prompt=PROMPT)
+    chain = parse(text)[0][1]
+    given = plain_constants(chain, CONFIG)
+    return init_cache(CONFIG, chain, batch, PROMPT + STEPS, prompt=PROMPT, constants=given)
+
+
+def plain_constants(chain, config) -> dict:
+    """Constants by which a calibrated method works, though not well, as its codecs ask for them."""
+    found = {}
+    for stage in chain.stages:
+        stage = getattr(stage, "inner", stage)
+        pair = getattr(stage, "codec", None)
+        for codec in (pair.k, pair.v) if isinstance(pair, PerKV) else ():
+            wide = isinstance(codec, AcrossHeads)
+            codec = codec.codec if wide else codec
+            heads, width = config.kv_heads, config.head_dim
+            for name, spec in codec.constants_spec(heads * width if wide else width).items():
+                if "order" in name:
+                    x = jnp.arange(heads * width, dtype=jnp.int32)[::-1].reshape(1, heads, width)
+                elif name.endswith(("_centre", "_range")):
+                    x = jnp.full((1, 1, *spec.shape), float("range" in name))
+                elif name == "balance":
+                    continue
+                else:
+                    x = jnp.linspace(-1.0, 1.0, spec.shape[0]).reshape(1, 1, -1)
+                found[name] = jnp.broadcast_to(x, (config.layers, *x.shape))
+    return found
 
 
 def go(text: str, *args, **kwargs):

@@ -66,6 +66,9 @@ class Row:
     k: np.ndarray
     v: np.ndarray
     n: int
+    layer: int = 0
+    batch: int = 0
+    plain: np.ndarray | None = None  # k before rotation
 
     @functools.cached_property
     def attention(self):
@@ -78,7 +81,7 @@ class Row:
 def row(l, b, seed=0):
     q, k, v = (x[l, b].astype(np.float64) for x in stream(seed))
     pos = np.arange(T + STEPS)
-    return Row(turn(q, pos), q, turn(k, pos), v, LENGTHS[b])
+    return Row(turn(q, pos), q, turn(k, pos), v, LENGTHS[b], l, b, k)
 
 
 def by_group(x):
@@ -177,8 +180,11 @@ def _probe(cache, raw, pos):
     return jnp.stack([p.out for p in parts]), jnp.stack([p.lse for p in parts])
 
 
-def new_rows(at, top, total):
-    """The rows at positions `at` [B, M] (-1: none), with their softmax's max and sum."""
+def new_rows(at, top, total, extra=None):
+    """The rows at positions `at` [B, M] (-1: none), with their softmax's max and sum.
+
+    `extra`: columns, [L, B, N] over all positions.
+    """
     take = np.maximum(at, 0)[None, :, None, :, None]
     q, k, v = (np.take_along_axis(x, take, 3) for x in stream())
     turned = np.stack(
@@ -190,7 +196,14 @@ def new_rows(at, top, total):
         blank(turned), jnp.asarray(top, jnp.float32), jnp.asarray(total, jnp.float32),
         pos, jnp.full((L,), 10**6),
     )  # fmt: skip
-    return New(KV(blank(k), blank(v), pos[None, :, None]), seen)
+    columns = {
+        name: jnp.asarray(
+            np.take_along_axis(x, np.maximum(at, 0)[None], 2)[:, :, None], jnp.float32
+        )
+        * jnp.ones((1, 1, H, 1))
+        for name, x in (extra or {}).items()
+    }
+    return New(KV(blank(k), blank(v), pos[None, :, None], columns), seen)
 
 
 def prompt_rows():
@@ -212,10 +225,10 @@ def ours(text):
     return ours_chain(parse(text)[0][1])
 
 
-def ours_chain(chain, max_length=T + STEPS):
+def ours_chain(chain, max_length=T + STEPS, constants=None, extra=None):
     """A cache that holds the prompts."""
-    cache = init_cache(CONFIG, chain, B, max_length, prompt=T)
-    return _ingest(cache, new_rows(*prompt_rows()))
+    cache = init_cache(CONFIG, chain, B, max_length, prompt=T, constants=constants)
+    return _ingest(cache, new_rows(*prompt_rows(), extra))
 
 
 def advance(cache, i, logits):

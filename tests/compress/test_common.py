@@ -23,6 +23,7 @@ from tests.compress.harness import (
     inputs,
     model,
     plain,
+    plain_constants,
     rows,
     run,
 )
@@ -43,11 +44,17 @@ SETTINGS = {
     "keydiff": "keydiff(keep=0.5)",
     "knorm": "knorm(keep=0.5)",
     "kivi": "kivi(bits=2, group=4, residual=8)",
-    "gear": "gear(bits=2, group=4, buffer=8)",
+    "gear": "gear(bits=2, group=4, buffer=8, span=16)",
     "mikv": "mikv(keep=0.5)",
+    "mikv, growing": "mikv(keep=0.5, grow=True)",
+    "turboquant": "turboquant(bits=4)",
+    "rotatekv": "rotatekv(sinks=3)",
+    "kvquant": "kvquant",
+    "vidkv": "vidkv(group=8, residual=8)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
-    "adakv in gear": f"adakv(keep=0.5, {VOTE}, storage=gear(bits=2, group=4, buffer=8))",
+    "adakv in gear": f"adakv(keep=0.5, {VOTE}, "
+    "storage=gear(bits=2, group=4, buffer=8, span=8, prompt_rank=2, across=False))",
 }
 # Settings that must equal dense decoding; tokens beyond the prompt too, hence 32 of them.
 LIMITS = {
@@ -66,10 +73,17 @@ LIMITS = {
     "kivi, never full": "kivi(bits=2, group=4, residual=32)",
     "gear": "gear(bits=2, group=4, buffer=32)",
     "mikv": "mikv(keep=0.5, bits=16)",
+    "mikv, all of them as they come": "mikv(keep=1.0, grow=True)",
+    "turboquant": "turboquant(bits=16)",
+    "rotatekv": "rotatekv(bits=16, sinks=3)",
+    "kvquant": "kvquant(bits=16)",
+    "vidkv": "vidkv(key_bits=16, value_bits=16)",
+    "vidkv, never full": "vidkv(group=8, residual=32)",
+    "kvquant, all sinks": "kvquant(sinks=32)",
 }
 # Methods that have no budget keep every token; so does mikv, whose budget is of exact ones.
 EVERYTHING = {n for n, f in METHODS.items() if "keep" not in inspect.signature(f).parameters}
-EVERYTHING.add("mikv")
+EVERYTHING |= {"mikv", "mikv, growing"}
 EXACT = 2e-5  # of logits of size about 3: float32 sums in another order
 # Sums in another order may move a float16 scale by its rounding, or at a tie a code by a step. What
 # the cases look for (a wrong row, a felt NaN) moves logits by 0.5 and more.
@@ -83,7 +97,7 @@ def near(a, b):
 
 def alike(name, a, b):
     """Equal up to the order of sums."""
-    coded = "bits" in SETTINGS[name] or name == "mikv"
+    coded = any(word in SETTINGS[name] for word in ("bits", "mikv", "vidkv", "kvquant", "rotatekv"))
     np.testing.assert_allclose(a, b, rtol=0, atol=CODED if coded else EXACT)
 
 
@@ -159,7 +173,9 @@ def test_slots_are_distinct_with_true_positions(name):
 
 
 def bytes_of(text: str, prompt: int = 512, length: int = 544) -> int:
-    cache = init_cache(CONFIG_64, parse(text)[0][1], 2, length, prompt=prompt)
+    chain = parse(text)[0][1]
+    given = plain_constants(chain, CONFIG_64)
+    cache = init_cache(CONFIG_64, chain, 2, length, prompt=prompt, constants=given)
     return nbytes(jax.eval_shape(finish, cache))
 
 
@@ -183,8 +199,15 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         # bits / 32 here, where exact is float32
         ("rtn(bits=4)", 0.13, 0.15),
         ("kivi(bits=2, residual=32)", 0.09, 0.16),
-        ("gear(bits=2)", 0.20, 0.26),  # 63 of 544 tokens may wait exactly
+        # 512 tokens in blocks of a prompt; room for 32 new ones and, of a shorter prompt, 255 that
+        # fill no such block; 63 may wait exactly.
+        ("gear(bits=2)", 0.28, 0.32),
+        ("gear(bits=2, span=64, prompt_rank=2)", 0.20, 0.26),  # one store
         ("mikv(keep=0.25)", 0.29, 0.34),
+        ("turboquant(bits=4)", 0.13, 0.15),
+        ("rotatekv", 0.11, 0.13),  # 2.5 bits, and 20 of 544 tokens exactly
+        ("vidkv(residual=32)", 0.07, 0.13),  # 2.2 bits, 31 of 544 tokens may wait exactly
+        ("kvquant", 0.11, 0.13),  # 3.4 bits
         ("snapkv(keep=0.25, storage=kivi(bits=2, residual=32))", 0.02, 0.1),
     ],
 )

@@ -4,16 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.compress import gear, kivi
+from kvjax.compress import gear, kivi, parse
 from tests.compress import reference as ref
 from tests.compress.reference import STEPS, D, H, affine, per_channel, per_token, row
 
 R, GROUP = 8, 4
 
 
-def follow(text, read):
+def follow(text, read, constants=None, extra=None):
     """read(row, n) -> K, V [H, n, D] as they read after n tokens."""
-    cache = ref.ours(text)
+    cache = ref.ours_chain(parse(text)[0][1], constants=constants, extra=extra)
     for i in range(STEPS + 1):
         if i in (0, 1, 7, STEPS):
 
@@ -65,7 +65,7 @@ def test_rtn():
     follow(f"rtn(bits=4, group={GROUP})", read)
 
 
-def sparse_and_coarse(x, bits, axis, backbone):
+def sparse_and_coarse(x, bits, axis, backbone, group=GROUP):
     """D + S of one block x [H, n, D]: one outlier per side and vector, its mean in their place."""
     low, high = x.argmin(axis, keepdims=True), x.argmax(axis, keepdims=True)
     rest = x.copy()
@@ -73,7 +73,7 @@ def sparse_and_coarse(x, bits, axis, backbone):
     for at in (low, high):
         np.put_along_axis(rest, at, mean, axis)
     if backbone == "kivi":
-        coarse = per_channel(rest, bits, GROUP) if axis == 1 else per_token(rest, bits, GROUP)
+        coarse = per_channel(rest, bits, group) if axis == 1 else per_token(rest, bits, group)
     else:
         coarse = affine(rest, bits, axis)
     for at in (low, high):
@@ -82,20 +82,67 @@ def sparse_and_coarse(x, bits, axis, backbone):
     return coarse
 
 
+def over_heads(code, x):
+    """`code` of x [H, n, D] as one head of H D channels."""
+    h, n, d = x.shape
+    wide = np.moveaxis(x, 0, 1).reshape(1, n, h * d)
+    return np.moveaxis(code(wide).reshape(n, h, d), 1, 0)
+
+
+SPAN = 16
+
+
+@pytest.mark.parametrize("across", [True, False])
 @pytest.mark.parametrize("backbone", ["kivi", "kcvt"])
-def test_gear_without_low_rank(backbone):
+def test_gear_without_low_rank(backbone, across):
+    """A prompt in blocks of SPAN, what is left of it and what comes in blocks of R."""
+
     def read(r, n):
-        m = n // R * R
+        first = r.n // SPAN * SPAN
+        cuts = [(i, i + SPAN) for i in range(0, first, SPAN)]
+        m = first + (n - first) // R * R
+        cuts += [(i, i + R) for i in range(first, m, R)]
 
-        def blocks(x, axis):
-            cut = [x[:, i : i + R] for i in range(0, m, R)]
-            return join(
-                np.concatenate([sparse_and_coarse(c, 2, axis, backbone) for c in cut], 1), x[:, m:n]
-            )
+        def value(x):
+            code = lambda x: sparse_and_coarse(x, 2, 2, backbone)  # noqa: E731
+            return over_heads(code, x) if across else code(x)
 
-        return blocks(r.k, 1), blocks(r.v, 2)
+        k = [sparse_and_coarse(r.k[:, i:j], 2, 1, backbone) for i, j in cuts]
+        v = [value(r.v[:, i:j]) for i, j in cuts]
+        return np.concatenate([*k, r.k[:, m:n]], 1), np.concatenate([*v, r.v[:, m:n]], 1)
 
-    follow(f"gear(rank=0, outliers=0.02, backbone='{backbone}', group={GROUP}, buffer={R})", read)
+    follow(
+        f"gear(rank=0, prompt_rank=0, outliers=0.02, backbone='{backbone}', group={GROUP}, "
+        f"buffer={R}, span={SPAN}, across={across})",
+        read,
+    )
+
+
+def power_iteration(e, rank, rounds=3):
+    """Q Q' e by the rounds of the paper, from the start that ours draws."""
+    p = np.random.default_rng(0).standard_normal((e.shape[1], rank)).astype(np.float32)
+    for _ in range(rounds):
+        q = e @ np.linalg.qr(p)[0]
+        p = e.T @ q
+    q = np.linalg.qr(q)[0]
+    return q @ (q.T @ e)
+
+
+@pytest.mark.parametrize("backbone", ["kivi", "kcvt"])
+def test_gear_ranks_of_prompt_and_of_what_follows(backbone):
+    """D + S + L of a prompt's block at rank 3 and of a later one at rank 1, keys and values."""
+    method = gear(group=GROUP, buffer=R, span=SPAN, rank=1, prompt_rank=3, backbone=backbone)
+    for codec, rank, size in (
+        (method.stages[0].inner.codec, 3, SPAN), (method.stages[1].codec, 1, R)
+    ):  # fmt: skip
+        r = row(1, 0)
+        for side, x, axis in ((codec.k, r.k, 1), (codec.v, r.v, 2)):
+            x = x[:, :size]
+            code = lambda x, axis=axis: sparse_and_coarse(x, 2, axis, backbone)  # noqa: E731
+            rest = over_heads(code, x) if axis == 2 else code(x)
+            want = rest + np.stack([power_iteration(e, rank) for e in x - rest])
+            got = side.decode(side.encode(jnp.asarray(x[None], jnp.float32)))[0]
+            np.testing.assert_allclose(got, want, atol=5e-3)  # factors in float16
 
 
 def test_gear_low_rank_is_the_best_of_the_error():
@@ -107,7 +154,7 @@ def test_gear_low_rank_is_the_best_of_the_error():
     best = np.einsum("hti,hi,hid->htd", u[..., :2], s[:, :2], vt[:, :2])
 
     def left(**how):
-        codec = gear(group=GROUP, buffer=R, **how).stages[0].codec.k
+        codec = gear(group=GROUP, buffer=R, **how).stages[-1].codec.k
         return x - np.asarray(codec.decode(codec.encode(jnp.asarray(x))))
 
     size = np.linalg.norm(rest)

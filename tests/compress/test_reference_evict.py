@@ -197,6 +197,23 @@ def test_mikv(high, balanced):
     )
 
 
+class GrowingMiKV(MiKV):
+    """The important ones stay half of all tokens, rounded down; a demoted token stays demoted."""
+
+    def drop(self):
+        self.sizes = (6, max(self.n // 2 - 6, 1))
+        super().drop()
+
+
+def test_mikv_grows():
+    sides = follow(
+        "mikv(keep=0.5, bits=2, grow=True)",
+        lambda l, b: GrowingMiKV(l, b, 6, 6, 2),
+        important=True,
+    )
+    assert {len(side.kept[0]) for side in sides.values()} == {(24 + STEPS) // 2, (17 + STEPS) // 2}
+
+
 def test_balancer_evens_the_maxima():
     """max |q / b| = max |k b| per channel, over the prompt."""
     cache = ref.ours("mikv(keep=0.5)")

@@ -82,10 +82,10 @@ def compile_quickly(patch: pytest.MonkeyPatch, job: bool = True) -> None:
         (loop, "_finish"): {},
     }
     if job:
-        from experiments import compress
+        from experiments import exact
 
-        static[compress, "_forward"] = {"static_argnames": ("statistics",)}
-        static[compress, "_commit"] = {}
+        static[exact, "_forward"] = {"static_argnames": ("statistics", "marks")}
+        static[exact, "_commit"] = {}
     for (module, name), options in static.items():
         patch.setattr(module, name, quick_jit(getattr(module, name).__wrapped__, **options))
 

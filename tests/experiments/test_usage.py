@@ -9,7 +9,7 @@ import sys
 import pytest
 from absl import app, flags
 
-from experiments import compress
+from experiments import compress, exact
 from tests.experiments.conftest import SMALL, given, results, start
 
 # ml_collections reads config files in a way that Python means to drop.
@@ -23,9 +23,9 @@ def no_forward(monkeypatch):
     def compiled(*args, **kwargs):
         raise SystemError("a forward pass was reached")
 
-    monkeypatch.setattr(compress, "_forward", compiled)
-    monkeypatch.setattr(compress, "forward", compiled)
-    monkeypatch.setattr(compress, "_commit", compiled)
+    monkeypatch.setattr(exact, "_forward", compiled)
+    monkeypatch.setattr(exact, "forward", compiled)
+    monkeypatch.setattr(exact, "_commit", compiled)
 
 
 CASES = {
@@ -103,7 +103,7 @@ class Stop(Exception):
 def asked(monkeypatch):
     """Runs the program up to the settings and returns (settings, labels)."""
 
-    def stop(settings, methods, todo, results):
+    def stop(settings, methods, todo, results, *more):
         raise Stop(settings, [label for label, _ in methods])
 
     monkeypatch.setattr(compress, "run", stop)

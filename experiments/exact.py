@@ -1,0 +1,87 @@
+"""One exact prefill per prompt, which every method that prefills exactly then compresses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvjax import cache as kv
+from kvjax.decode import positions_of
+from kvjax.models import forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """An exact prefill: what every method is given.
+
+    Attributes:
+      new: keys, values and statistics of all rows. logits: [B, V] of the last row.
+      batch, time: its size. seconds: of the second run.
+    """
+
+    new: Any
+    logits: Array
+    batch: int
+    time: int
+    seconds: float
+
+
+@functools.partial(jax.jit, static_argnames=("statistics", "marks"))
+def _forward(
+    model: Any, tokens: Array, positions: Array, statistics: bool, marks: tuple = ()
+) -> Any:
+    logits, new = forward(
+        model, tokens, positions, phase="prefill", logits="last", statistics=statistics, marks=marks
+    )
+    return logits[:, 0], new
+
+
+@jax.jit
+def _commit(moving: Any, rest: Any, new: Any) -> Any:
+    return kv.apart(kv.finish(kv.commit(kv.together(moving, rest), new, phase="prefill")))[0]
+
+
+def exact_prefill(model: Any, tokens: Array, timed: bool, marks: tuple = ()) -> Exact:
+    positions = positions_of(tokens)
+    seconds = 0.0
+    for _ in range(2 if timed else 1):
+        start = time.perf_counter()
+        logits, new = jax.block_until_ready(_forward(model, tokens, positions, True, marks))
+        seconds = time.perf_counter() - start
+    return Exact(new, logits, *tokens.shape, seconds)
+
+
+def compressed(
+    config: Any, exact: Exact, chain: Any, room: int, dtype: Any, timed: bool = False,
+    layout: Any = None, constants: Any = None,
+) -> tuple[Any, float]:  # fmt: skip
+    """The cache of a method after an exact prefill; seconds that commit and finish took."""
+    cache = kv.init_cache(
+        config, chain, exact.batch, exact.time + room, prompt=exact.time, dtype=dtype,
+        constants=constants, layout=layout,
+    )  # fmt: skip
+    moving, rest = kv.apart(cache)
+    seconds = 0.0
+    for _ in range(2 if timed else 1):  # the first call compiles
+        start = time.perf_counter()
+        out = jax.block_until_ready(_commit(moving, rest, exact.new))
+        seconds = time.perf_counter() - start
+    return kv.together(out, rest), seconds
+
+
+def join(a: Any, b: Any) -> Any:
+    """Two results of `forward`, the rows of the one after those of the other."""
+    axis = lambda n: lambda x, y: jnp.concatenate([x, y], n)  # noqa: E731
+    cat = axis(3)
+    rows = jax.tree.map(cat, a.kv, b.kv)
+    seen = kv.Observation(
+        cat(a.seen.q, b.seen.q), cat(a.seen.max, b.seen.max), cat(a.seen.sum, b.seen.sum),
+        axis(1)(a.seen.pos, b.seen.pos), a.seen.span,
+    )  # fmt: skip
+    return kv.New(rows, seen)

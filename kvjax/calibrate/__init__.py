@@ -1,0 +1,17 @@
+"""Constants that some methods need before they run, found from a model and text.
+
+    constants = CALIBRATIONS["kvquant"](bits=3)(model, batches)   # the method's own arguments
+    cache = init_cache(config, kvquant(bits=3), batch, length, prompt, constants=constants)
+
+`save`, `load` and `find` keep them in folders that say for which model they were made.
+"""
+
+from collections.abc import Callable
+
+from kvjax.calibrate.base import Calibration, find, folder_of, load, save
+from kvjax.calibrate.kvquant import kvquant
+from kvjax.calibrate.rotatekv import rotatekv
+
+CALIBRATIONS: dict[str, Callable[..., Calibration]] = {f.__name__: f for f in (kvquant, rotatekv)}
+
+__all__ = ["CALIBRATIONS", "Calibration", "find", "folder_of", "load", "save"]

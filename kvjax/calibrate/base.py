@@ -1,0 +1,153 @@
+"""What a calibration is, and the files that hold its constants."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import Array
+
+FILE = "calibration.json"
+SHAPE = ("layers", "heads", "kv_heads", "head_dim", "width", "vocab_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """How the constants of one method, with its arguments, are found.
+
+    Attributes:
+      names: of the constants.
+      run: (model, batches) -> constants by name, their first axis that of the attention layers;
+        batches of tokens, int32 [B, T].
+    """
+
+    names: tuple[str, ...]
+    run: Callable[[Any, Iterable[Array]], dict[str, Array]]
+
+    def __call__(self, model: Any, batches: Iterable[Array]) -> dict[str, Array]:
+        found = self.run(model, batches)
+        assert set(found) == set(self.names), (sorted(found), self.names)
+        return found
+
+
+def folder_of(root: str | os.PathLike, method: str, name: str, config: Any) -> pathlib.Path:
+    """Where the constants of a method (as `parse` writes it) for a model belong.
+
+    >>> from kvjax.models import Config
+    >>> str(folder_of("c", "kvquant(bits=3)", "smollm2-135m", Config(9, 64, 9, 2, 4, 2, 16)))
+    'c/kvquant-bits=3-smollm2-135m-2x2x16'
+    """
+    shape = "x".join(str(getattr(config, n)) for n in ("layers", "kv_heads", "head_dim"))
+    text = f"{method}-{pathlib.Path(name).name}-{shape}"
+    return pathlib.Path(root) / re.sub(r"[^\w=.]+", "-", text.replace(")", ""))
+
+
+def save(
+    folder: str | os.PathLike,
+    method: str,
+    constants: Mapping[str, Array],
+    model: Any,
+    name: str,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes constants (orbax) and, last and at once, a JSON file that says what they are for: a
+    folder without it is not complete and is never read."""
+    folder = pathlib.Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / "constants", ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "constants", {n: jnp.asarray(x) for n, x in constants.items()})
+    text = {
+        "method": method,
+        "model": name,
+        "shape": {n: getattr(model.config, n) for n in SHAPE},
+        "weights": _weights(model),
+        "constants": {n: [list(x.shape), str(x.dtype)] for n, x in sorted(constants.items())},
+        **(about or {}),
+    }
+    (folder / f"{FILE}.tmp").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    os.replace(folder / f"{FILE}.tmp", folder / FILE)
+
+
+def load(folder: str | os.PathLike, model: Any) -> dict[str, Array]:
+    """The constants in a folder.
+
+    Raises:
+      ValueError: they were made for a model of another shape, or with other weights; or the folder
+        holds no finished calibration.
+    """
+    folder = pathlib.Path(folder).resolve()
+    about = _about(folder)
+    if about is None:
+        raise ValueError(
+            f"{folder} holds no finished calibration; make it with python -m experiments.calibrate"
+        )
+    shape = {n: getattr(model.config, n) for n in SHAPE}
+    differ = [f"{n} {about['shape'].get(n)}, not {shape[n]}" for n in SHAPE
+              if about["shape"].get(n) != shape[n]]  # fmt: skip
+    what = f"{folder} holds constants of {about['method']} for the model {about['model']!r}"
+    if differ:
+        raise ValueError(f"{what}, of another shape ({'; '.join(differ)}): calibrate this model")
+    # A cast to 16 bits moves a mean of n numbers by some 1e-3 / sqrt(n) of itself; others by more.
+    near = 1e-4 + 0.01 / model.layers.k[...][0].size ** 0.5
+    if not np.allclose(about["weights"], _weights(model), rtol=near):
+        raise ValueError(f"{what}, which has other weights: calibrate this model")
+    form = {n: _abstract(*spec) for n, spec in about["constants"].items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "constants", form)
+
+
+def find(root: str | os.PathLike, label: str, names: Iterable[str], model: Any) -> dict[str, Array]:
+    """Constants for the method `label`, from the folders in `root` that were made for it or for a
+    method inside it (its storage).
+
+    Raises:
+      ValueError: none has them, and how to make them; or they do not fit the model.
+    """
+    names, refused = set(names), None
+    for file in sorted(pathlib.Path(root).glob(f"*/{FILE}")):
+        about = _about(file.parent)
+        # The expression itself, not the beginning of a longer one: kvquant is not kvquant(bits=2).
+        inside = re.search(rf"(?<!\w){re.escape(about['method'])}(?![\w(])", label)
+        if not inside or not names <= about["constants"].keys():
+            continue
+        try:
+            return {n: x for n, x in load(file.parent, model).items() if n in names}
+        except ValueError as error:  # perhaps another folder fits
+            refused = error
+    if refused is not None:
+        raise refused
+    raise ValueError(
+        f"{label} reads the constants {sorted(names)}, and {root} holds none made for it: run "
+        f"python -m experiments.calibrate --methods='{label}' --out={root}"
+    )
+
+
+def _about(folder: pathlib.Path) -> dict[str, Any] | None:
+    if not (folder / FILE).is_file():
+        return None
+    return json.loads((folder / FILE).read_text(encoding="utf-8"))
+
+
+def _abstract(shape: list[int], dtype: str) -> Any:
+    return np.zeros(shape, dtype)
+
+
+def _weights(model: Any) -> list[float]:
+    """Mean magnitudes of each layer's key and value projection: they tell models apart."""
+    layers = model.layers
+    means = [
+        jnp.mean(jnp.abs(w[...].astype(jnp.float32)), tuple(range(1, w[...].ndim)))
+        for w in (layers.k, layers.v)
+    ]
+    return [float(x) for x in jnp.concatenate(means)]

@@ -1,0 +1,108 @@
+"""Codecs of several heads together, where the heads' axis stands before that of the tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from codec_zoo import decode, encode
+
+from kvjax.codecs import (
+    across_heads,
+    compose,
+    joins_heads,
+    low_rank,
+    normalize,
+    per_kv,
+    permute_heads,
+    quantize,
+    residual,
+    rotate_heads,
+    with_outliers,
+)
+
+H, T, D = 3, 64, 16
+ORDER = np.random.default_rng(4).permutation(H * D).reshape(H, D)
+CODECS = {
+    "whole": across_heads(quantize(2)),
+    "groups": across_heads(quantize(4, group=16)),
+    "channel": across_heads(quantize(2, "channel", 16)),
+    "outliers": across_heads(with_outliers(quantize(2), 0.1)),
+    "low rank": residual(across_heads(with_outliers(quantize(2), 0.05), 32), low_rank(2, 32)),
+    "rotated": compose(rotate_heads(3), quantize(2)),
+    "ordered": compose(rotate_heads(4), permute_heads("order"), quantize(2)),
+    "moved": compose(normalize("n"), quantize(2, group=8)),
+}
+GIVEN = {
+    "order": jnp.asarray(ORDER, jnp.int32),
+    "n_centre": jnp.arange(D, dtype=jnp.float32),
+    "n_range": jnp.arange(1, D + 1, dtype=jnp.float32),
+}
+every = pytest.mark.parametrize("name", CODECS)
+
+
+def sample(seed=0):
+    return np.random.default_rng(seed).standard_t(4, (2, H, T, D)).astype(np.float32)
+
+
+PLAIN = {
+    "whole": quantize(2),
+    "groups": quantize(4, group=16),
+    "channel": quantize(2, "channel", 16),
+}
+
+
+@pytest.mark.parametrize(("name", "inner"), PLAIN.items(), ids=PLAIN)
+def test_it_is_the_codec_of_the_joined_channels(name, inner):
+    x = sample()
+    wide = np.moveaxis(x, 1, 2).reshape(2, T, H * D)
+    want = np.asarray(decode(inner, encode(inner, wide))).reshape(2, T, H, D)
+    got = decode(CODECS[name], encode(CODECS[name], x))
+    np.testing.assert_allclose(got, np.moveaxis(want, 2, 1), atol=1e-6)
+
+
+@every
+def test_padding_is_never_felt(name):
+    codec, x = CODECS[name], sample()
+    valid = np.broadcast_to(np.arange(T) % 7 != 0, (2, 1, T))
+    valid = np.broadcast_to(valid, (2, H, T))
+    poisoned = np.where(valid[..., None], x, np.nan)
+    a, b = (encode(codec, y, valid, GIVEN) for y in (np.where(valid[..., None], x, 9.0), poisoned))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert np.isfinite(decode(codec, b, jnp.float32, GIVEN)).all()
+
+
+@every
+def test_coded_form_agrees_with_decoding(name):
+    codec, x = CODECS[name], sample()
+    code = encode(codec, x, None, GIVEN)
+    y = np.asarray(decode(codec, code, jnp.float32, GIVEN), np.float64)
+    draw = np.random.default_rng(2)
+    q, p = (draw.standard_normal((2, H, 5, n)).astype(np.float32) for n in (D, T))
+    run = jax.jit(lambda q, p: (codec.scores(q, code, GIVEN), codec.mix(p, code, GIVEN)))
+    s, o = run(q, p)
+    np.testing.assert_allclose(s, q @ y.swapaxes(-1, -2), atol=2e-3)
+    np.testing.assert_allclose(o, p @ y, atol=2e-3)
+
+
+@every
+def test_an_empty_code_has_the_shapes_of_a_full_one(name):
+    codec = CODECS[name]
+    form = functools.partial(jax.tree.map, lambda a: (a.shape, a.dtype.name))
+    assert form(codec.empty((2, H), T, D)) == form(encode(codec, sample(), None, GIVEN))
+
+
+def test_bytes_are_shared_by_the_heads():
+    one, joined = quantize(2), across_heads(quantize(2))
+    leaves = jax.tree.leaves(joined.code_spec((H,), 1, 64))
+    bits = 8 * sum(x.size * x.dtype.itemsize for x in leaves) / (H * 64)
+    assert one.bits(64) == 2.5 and bits == 2 + 32 / (H * 64)
+
+
+def test_who_joins_heads():
+    assert all(joins_heads(c) for n, c in CODECS.items() if n != "moved")
+    assert joins_heads(per_kv(k=quantize(2), v=CODECS["low rank"]))
+    assert not joins_heads(CODECS["moved"]) and not joins_heads(per_kv(quantize(2), quantize(4)))
+    with pytest.raises(ValueError, match="block is 24: expected a multiple of the codec's, 16"):
+        across_heads(quantize(2, "channel", 16), 24)
