@@ -23,8 +23,9 @@ def python(*arguments, **environment):
     )
 
 
-def local(*arguments, processes=2):
-    return python("-m", "launch.local", f"--processes={processes}", "--", *arguments)
+def local(*arguments, processes=2, **environment):
+    launch = ("-m", "launch.local", f"--processes={processes}", "--")
+    return python(*launch, *arguments, **environment)
 
 
 def test_processes_find_each_other_and_add_up():
