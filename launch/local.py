@@ -20,6 +20,7 @@ import threading
 import time
 
 GRACE = 2.0  # seconds between asking a process to end and ending it
+SETTLE = 2.0  # seconds in which the others may fail of themselves
 LAST = 60  # lines of the process that failed, shown again
 
 
@@ -70,11 +71,10 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 
 def run(count: int, devices: int, command: list[str]) -> int:
-    """Runs the processes to their end; the exit code of the first that failed, else 0."""
+    """Runs the processes to their end; the exit code of one that failed, else 0."""
     port = free_port()
     kept = [collections.deque(maxlen=LAST) for _ in range(count)]
     processes, readers = [], []
-    failed = None
     try:
         for number in range(count):
             process = start(number, count, devices, port, command)
@@ -82,22 +82,28 @@ def run(count: int, devices: int, command: list[str]) -> int:
             reader = threading.Thread(target=forward, args=(number, process, kept[number]))
             reader.start()
             readers.append(reader)
-        while failed is None and any(p.poll() is None for p in processes):
+        codes = [p.poll() for p in processes]
+        while not any(codes) and None in codes:
             time.sleep(0.05)
-            failed = next((n for n, p in enumerate(processes) if p.poll()), None)
-        if failed is None:
-            failed = next((n for n, p in enumerate(processes) if p.poll()), None)
+            codes = [p.poll() for p in processes]
+        # The first seen to end may be the one that lost its peer: let the others end themselves.
+        deadline = time.monotonic() + SETTLE
+        while any(codes) and None in codes and time.monotonic() < deadline:
+            time.sleep(0.05)
+            codes = [p.poll() for p in processes]
     finally:
         end(processes)
         for reader in readers:
             reader.join(GRACE)
-    if failed is None:
+    failed = [(number, code) for number, code in enumerate(codes) if code]
+    for number, code in failed:
+        what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        print(f"process {number} failed ({what}); its last lines:", file=sys.stderr)
+        for line in kept[number]:
+            print(f"[{number}] {line}", file=sys.stderr)
+    if not failed:
         return 0
-    code = processes[failed].returncode
-    what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    print(f"process {failed} failed ({what}); its last lines:", file=sys.stderr)
-    for line in kept[failed]:
-        print(f"[{failed}] {line}", file=sys.stderr)
+    code = failed[0][1]
     return code if code > 0 else 128 - code
 
 

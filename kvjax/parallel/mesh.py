@@ -50,8 +50,8 @@ def make_mesh(
       ValueError: sizes that are none, or ask for more devices than there are; with several
         processes, sizes that leave a device out.
 
-    >>> make_mesh("data=1").shape
-    OrderedDict({'data': 1, 'tensor': 1, 'context': 1})
+    >>> dict(make_mesh("data=1").shape)
+    {'data': 1, 'tensor': 1, 'context': 1}
     """
     if not isinstance(sizes, str):
         sizes = ",".join(f"{name}={size}" for name, size in sizes.items())

@@ -119,9 +119,10 @@ def shardings(axes: Any, arrays: Any, mesh: Mesh, rules: Rules | None = None) ->
     Raises:
       ValueError: see `Rules.spec`.
 
+    >>> from jax.sharding import PartitionSpec
     >>> from kvjax.parallel import make_mesh
-    >>> shardings({"w": ("embed", "mlp")}, {"w": (8, 16)}, make_mesh())["w"].spec
-    PartitionSpec()
+    >>> shardings({"w": ("embed", "mlp")}, {"w": (8, 16)}, make_mesh())["w"].spec == PartitionSpec()
+    True
     """
     rules = Rules() if rules is None else rules
     plain = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)  # noqa: E731
