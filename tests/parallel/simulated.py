@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache import apart, chain, commit, finish, init_cache, store, together
+from kvjax.cache import Window, apart, chain, commit, finish, init_cache, store, together
+from kvjax.codecs import per_kv, quantize
 from kvjax.compress import parse
 from kvjax.decode import generate, prefill
 from kvjax.diffusion import dkv_decode, llada
@@ -32,6 +33,17 @@ from kvjax.speculate import prompt_lookup, speculate
 
 CONFIG = Config(320, 64, 128, layers=2, heads=8, kv_heads=4, head_dim=16)
 PROMPT, NEW, LONG = 72, 24, 4096
+
+
+# KIVI with scales that are not rounded to float16.
+WIDE = "kivi, float32 scales"
+
+
+def method_of(name):
+    if name != WIDE:
+        return dict(parse(name))[name]
+    k, v = (quantize(4, axis, 16, scale_dtype="float32") for axis in ("channel", "token"))
+    return chain(store(per_kv(k=k, v=v), keys=Window(0, 16), values=Window(16, 1)))
 
 
 def step(model, moving, rest, token):
@@ -116,7 +128,7 @@ def filled(method, batch, new, layout=None):
 @functools.cache
 def on_one(name, batch):
     model, _, _, logits, new = prompts(batch)
-    return generate(model, filled(dict(parse(name))[name], batch, new), logits, NEW, stop=())
+    return generate(model, filled(method_of(name), batch, new), logits, NEW, stop=())
 
 
 def differing(a, b, dtype):
@@ -128,7 +140,7 @@ def differing(a, b, dtype):
 
 def decoding(name, mesh, batch, whole):
     """Decoding on a mesh beside decoding on one device; `whole`: also with the prefill there."""
-    method = dict(parse(name))[name]
+    method = method_of(name)
     model, tokens, lengths, logits, new = prompts(batch)
     single = on_one(name, batch)
     layout = Layout(make_mesh(mesh))

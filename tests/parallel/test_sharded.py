@@ -13,18 +13,20 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 KIVI = "kivi(bits=4, group=16, residual=16)"
+WIDE = "kivi, float32 scales"
 SNAPKV = "snapkv(tokens=40, window=8)"
 ALL = "data=2,tensor=2,context=2"
 QUICK = [
     ("dense", ALL, 4, True),
     (SNAPKV, ALL, 4, False),
     (KIVI, ALL, 4, True),
+    (WIDE, ALL, 4, True),
     ("dense", "tensor=2,context=4", 1, False),
     (KIVI, "context=8", 1, False),
 ]
 MESHES = ("context=8", "data=2,context=4", "data=4,tensor=2", "tensor=4,context=2")
 SLOW = [
-    *((method, mesh, 4, True) for method in ("dense", SNAPKV, KIVI) for mesh in MESHES),
+    *((method, mesh, 4, True) for method in ("dense", SNAPKV, KIVI, WIDE) for mesh in MESHES),
     (SNAPKV, ALL, 4, True),
     ("snapkv(tokens=40, window=8, storage=kivi(bits=4, group=8, residual=16))", ALL, 2, True),
     ("streaming_llm(tokens=48)", ALL, 2, True),
@@ -74,13 +76,12 @@ def check(method, mesh, row):
         assert row["prefill"] < 1e-5 and row["whole_tokens"]
         # On one device from the very cache that the mesh made: decoding agrees, for every method.
         assert row["copied_logprobs"] < 1e-5
-        # Rounding to codes is no continuous function: a key that differs in its last bits may get
-        # another float16 scale or another code. Without codes that are other than those of one
-        # device the caches agree to rounding, and so must log-probabilities.
-        other = row["other_codes"] + row["other_scales"]
-        assert row["other_codes"] < 1e-2 and row["other_scales"] < 1e-2
-        assert row["whole_logprobs"] < (1e-5 if other == 0 else 1e-3)
-        assert other == 0 or "kivi" in method
+        # Rounding is no continuous function: of keys that differ in their last bits a few scales
+        # are rounded to the other of two float16 numbers, 2 ** -11 apart. Measured: 0.02 % of the
+        # scales, no code, 4.3e-5 in log-probability; with scales in float32 (WIDE) it is 1e-5.
+        assert row["other_codes"] == 0 and row["other_scales"] < 1e-3
+        assert row["whole_logprobs"] < (1e-5 if row["other_scales"] == 0 else 1e-4)
+        assert row["other_scales"] == 0 or "kivi(" in method
     # No collective is as large as what one device holds of any array of a cache of 4,096 tokens.
     assert row["moved"] < row["smallest"]
     assert row["alias"] >= row["state"] - 1024
