@@ -24,12 +24,10 @@ test: setup
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	@# Two processes: compiling takes one core each, and is what the tests cost.
-	$(BIN)/python -m pytest -q -m 'not slow' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m 'not slow' -n 2
 
 test-all: setup
 	$(BIN)/python -m kvjax.models.embedded
-	@# The TPU compiler, for tests that compile without a TPU; they are skipped where it is not.
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[aot]'
 	KVJAX_HYPOTHESIS=all $(BIN)/python -m pytest -q
 
 lint: setup

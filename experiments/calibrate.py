@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import common
-from kvjax.calibrate import CALIBRATIONS, folder_of, load, save
+from kvjax.calibrate import CALIBRATIONS, complete, folder_of, load, save
 from kvjax.compress import parse
 from kvjax.evaluate import load_text, samples
 from kvjax.models import load as load_model
@@ -59,14 +59,13 @@ def main(argv: list[str]) -> None:
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     for label, calibration in methods.items():
         folder = folder_of(chosen["out"], label, chosen["model"], model.config)
-        if not chosen["again"]:
+        if complete(folder) and not chosen["again"]:
             try:
                 load(folder, model)
-                common.console.print(f"{folder} is there already (--again replaces it)")
-                continue
             except ValueError as error:
-                if "no finished calibration" not in str(error):
-                    raise app.UsageError(f"{error} (--again replaces it)") from None
+                raise app.UsageError(f"{error} (--again replaces it)") from None
+            common.console.print(f"{folder} is there already (--again replaces it)")
+            continue
         begin = time.perf_counter()
         with Progress(*columns, console=common.console) as progress:
             task = progress.add_task(label, total=len(batches))

@@ -153,7 +153,7 @@ def constants_for(entry: Any, source: str, names: Any, model: Any, x: Any, folde
         return {"rotatekv_order": jnp.broadcast_to(jnp.asarray(order), (layers, *order.shape))}
     other = np.random.default_rng(1).standard_normal((1, 4096, heads * width)).astype(np.float32)
     bits, even = int(re.search(r"bits=(\d)", entry)[1]), np.ones_like(other)
-    found = fit(other, other, even, even, bits=bits, q_norm=bits <= 2)
+    found = fit(other, other, even, even, bits=bits)
     return {n: jnp.repeat(found[n], layers, 0) for n in names}
 
 
@@ -240,13 +240,13 @@ def main(argv: list[str]) -> None:
         chosen = common.settings(FLAGS, NAMES, ())
         if chosen["tokens"] % 128:
             raise ValueError(f"tokens={chosen['tokens']}: expected a multiple of 128")
+        model, tokenizer = load(chosen["model"])
         out = pathlib.Path(chosen["out"])
         (out / "results.json").unlink(missing_ok=True)  # minutes: made anew each time
         where = ("calibration", "out")
         results = common.Results(
             chosen["out"], {n: x for n, x in chosen.items() if n not in where}, key="name"
         )
-        model, tokenizer = load(chosen["model"])
         rows = rows_of(model, tokenizer, chosen)
     except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from None

@@ -32,12 +32,10 @@ class Exact:
     seconds: float
 
 
-@functools.partial(jax.jit, static_argnames=("statistics", "marks"))
-def _forward(
-    model: Any, tokens: Array, positions: Array, statistics: bool, marks: tuple = ()
-) -> Any:
+@functools.partial(jax.jit, static_argnames="marks")
+def _forward(model: Any, tokens: Array, positions: Array, marks: tuple = ()) -> Any:
     logits, new = forward(
-        model, tokens, positions, phase="prefill", logits="last", statistics=statistics, marks=marks
+        model, tokens, positions, phase="prefill", logits="last", statistics=True, marks=marks
     )
     return logits[:, 0], new
 
@@ -52,7 +50,7 @@ def exact_prefill(model: Any, tokens: Array, timed: bool, marks: tuple = ()) -> 
     seconds = 0.0
     for _ in range(2 if timed else 1):
         start = time.perf_counter()
-        logits, new = jax.block_until_ready(_forward(model, tokens, positions, True, marks))
+        logits, new = jax.block_until_ready(_forward(model, tokens, positions, marks))
         seconds = time.perf_counter() - start
     return Exact(new, logits, *tokens.shape, seconds)
 

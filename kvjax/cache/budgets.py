@@ -49,6 +49,8 @@ def uniform() -> Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Pyramid(Budget):
+    """See `pyramid`."""
+
     beta: float = 20.0
     window: int = 32
 
@@ -92,6 +94,8 @@ def pyramid(beta: float = 20.0, window: int = 32) -> Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive(Budget):
+    """See `adaptive`."""
+
     alpha: float = 0.2
     window: int = 32
     base: Budget = Budget()

@@ -60,12 +60,7 @@ class Chosen(Stage):
 
     def _split(self, spec: Spec) -> Spec:
         """The spec of what is selected apart: heads and layers may choose differently."""
-        if self.score is None:
-            return spec
-        return spec.replace(
-            per_layer=spec.per_layer or self.score.per_layer,
-            per_head=spec.per_head or self.score.per_head,
-        )
+        return spec if self.score is None else self.score.apart(spec)
 
     def init(self, spec: Spec) -> Stored:
         if spec.totals is not None:

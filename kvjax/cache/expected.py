@@ -78,6 +78,8 @@ def mean_rotation(freq: Array, factor: Array, start: Array, steps: int, width: i
 
 @dataclasses.dataclass(frozen=True)
 class ExpectedAttention(Score):
+    """See `expected_attention`."""
+
     future: int = 512
     sinks: int = 4
     epsilon: float = 0.0

@@ -36,6 +36,8 @@ class Absorb:
 
 @dataclasses.dataclass(frozen=True)
 class Nearest(Absorb):
+    """See `nearest`."""
+
     threshold: float = 0.5
 
     @property
@@ -119,6 +121,8 @@ def growth(part: float | Fraction, beside: int | Share = 0) -> Growth:
 
 @dataclasses.dataclass(frozen=True)
 class Heavy(SlotStage):
+    """See `heavy`."""
+
     n: int | Share | Growth
     score: Score
     recent: int = 0
@@ -174,10 +178,7 @@ class Heavy(SlotStage):
     def init(self, spec: Spec) -> Slots:
         extra = (LOCAL,) if self._local else ()
         extra += self.absorb.extra if self.absorb else ()
-        spec = spec.replace(
-            per_layer=spec.per_layer or self.score.per_layer,
-            per_head=spec.per_head or self.score.per_head,
-        )
+        spec = self.score.apart(spec)
         n = self._limit(spec.max_length, spec)
         if self.recent > n:
             raise ValueError(f"heavy(n={n}, recent={self.recent}): the recent are among the n")
@@ -188,11 +189,7 @@ class Heavy(SlotStage):
         if spec.max_length <= n:
             return None
         prompt = max(spec.prompt - self._limit(spec.prompt, spec), 0)
-        return spec.less(n).replace(
-            prompt=prompt,
-            per_layer=spec.per_layer or self.score.per_layer,
-            per_head=spec.per_head or self.score.per_head,
-        )
+        return self.score.apart(spec.less(n).replace(prompt=prompt))
 
     def releases(self, state: Slots, kv: KV) -> Array:
         after = state.seen + kv.count

@@ -28,6 +28,8 @@ class Stateless:
 
 @dataclasses.dataclass(frozen=True)
 class Prune(Stage):
+    """See `prune`."""
+
     score: Score
     n: int | None = None
     keep: Fraction | None = None
@@ -77,11 +79,12 @@ class Prune(Stage):
         most = max(self.budget.most(n, spec.prompt, spec.kv_heads) for n in each)
         most = min(most, spec.prompt)
         ragged = self.budget.ragged
-        return spec.replace(
+        split = self.score.apart(spec)
+        return split.replace(
             max_length=most + spec.max_length - spec.prompt,
             prompt=most,
-            per_layer=spec.per_layer or ragged or self.score.per_layer,
-            per_head=spec.per_head or ragged or self.score.per_head,
+            per_layer=split.per_layer or ragged,
+            per_head=split.per_head or ragged,
             totals=tuple(n * spec.kv_heads for n in each) if ragged else spec.totals,
         )
 

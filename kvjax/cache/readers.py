@@ -41,6 +41,8 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True)
 class BestPages(Reader):
+    """See `best_pages`."""
+
     def __post_init__(self) -> None:
         for name in ("pages", "page"):
             if getattr(self, name) < 1:

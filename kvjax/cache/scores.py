@@ -57,6 +57,12 @@ class Score:
     def statistics(self) -> tuple[Statistic, ...]:
         return ()
 
+    def apart(self, spec: Spec) -> Spec:
+        """`spec` for what is chosen by this score: layers and heads may choose differently."""
+        return spec.replace(
+            per_layer=spec.per_layer or self.per_layer, per_head=spec.per_head or self.per_head
+        )
+
     def __call__(self, kv: KV, context: Commit, unrotated: bool) -> Array:
         """float32 [L, B, H, T] (axes of size 1 where all layers or heads agree)."""
         raise NotImplementedError
@@ -94,6 +100,8 @@ class Received(Column):
 
 @dataclasses.dataclass(frozen=True)
 class ReceivedScore(Score):
+    """See `accumulated_attention` and `newest_attention`."""
+
     column: Received
 
     @property
@@ -218,6 +226,8 @@ class LastRows(Statistic):
 
 @dataclasses.dataclass(frozen=True)
 class WindowVote(Score):
+    """See `window_attention`."""
+
     window: int = 32
     kernel: int = 5
     pool: Literal["mean", "max"] = "mean"
@@ -291,6 +301,8 @@ def window_attention(
 
 @dataclasses.dataclass(frozen=True)
 class KeyNorm(Score):
+    """See `key_norm`."""
+
     @property
     def streaming(self) -> bool:
         return True
@@ -306,6 +318,8 @@ def key_norm() -> Score:
 
 @dataclasses.dataclass(frozen=True)
 class KeyDifference(Score):
+    """See `key_difference`."""
+
     @property
     def over_set(self) -> bool:
         return True
@@ -329,6 +343,8 @@ def key_difference() -> Score:
 
 @dataclasses.dataclass(frozen=True)
 class Recency(Score):
+    """See `recency`."""
+
     sinks: int = 0
 
     @property
@@ -359,6 +375,8 @@ def recency(sinks: int = 0) -> Score:
 
 @dataclasses.dataclass(frozen=True)
 class Random(Score):
+    """See `random`."""
+
     seed: int = 0
 
     @property

@@ -116,6 +116,8 @@ class SlotStage(Stage):
 
 @dataclasses.dataclass(frozen=True)
 class First(SlotStage):
+    """See `first`."""
+
     n: int | Share
     positions: Literal["true", "slot"] = "true"
     codec: Any = None
@@ -175,6 +177,8 @@ def first(n: int | Share, positions: Literal["true", "slot"] = "true", codec: An
 
 @dataclasses.dataclass(frozen=True)
 class Recent(SlotStage):
+    """See `recent`."""
+
     n: int | Share
     release: int = 1
     codec: Any = None
@@ -254,6 +258,8 @@ def recent(n: int | Share, release: int = 1, codec: Any = None) -> Recent:
 
 @dataclasses.dataclass(frozen=True)
 class ByPosition(SlotStage):
+    """See `by_position`."""
+
     n: int
     codec: Any = None
 
@@ -317,6 +323,8 @@ def by_position(n: int, codec: Any = None) -> ByPosition:
 
 @dataclasses.dataclass(frozen=True)
 class Prefix(Stage):
+    """See `prefix`."""
+
     name: str = "prefix"
 
     @property

@@ -4,14 +4,19 @@
     cache = init_cache(config, kvquant(bits=3), batch, length, prompt, constants=constants)
 
 `save`, `load` and `find` keep them in folders that say for which model they were made.
+
+>>> CALIBRATIONS["kvquant"](bits=3).names[:2]
+('kvquant_key_centre', 'kvquant_key_range')
+>>> CALIBRATIONS["rotatekv"](bits=4).names
+('rotatekv_order',)
 """
 
 from collections.abc import Callable
 
-from kvjax.calibrate.base import Calibration, find, folder_of, load, save
+from kvjax.calibrate.base import Calibration, complete, find, folder_of, load, save
 from kvjax.calibrate.kvquant import kvquant
 from kvjax.calibrate.rotatekv import rotatekv
 
 CALIBRATIONS: dict[str, Callable[..., Calibration]] = {f.__name__: f for f in (kvquant, rotatekv)}
 
-__all__ = ["CALIBRATIONS", "Calibration", "find", "folder_of", "load", "save"]
+__all__ = ["CALIBRATIONS", "Calibration", "complete", "find", "folder_of", "load", "save"]

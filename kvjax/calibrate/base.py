@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import os
 import pathlib
@@ -39,6 +41,26 @@ class Calibration:
         return found
 
 
+def calibration(
+    method: Callable[..., Any], names: tuple[str, ...], run: Callable[..., dict[str, Array]]
+) -> Callable[..., Calibration]:
+    """A function that takes the arguments of `method`, with its defaults and its errors, and gives
+    the calibration for them: `run(model, batches, **arguments)`."""
+    signature = inspect.signature(method)
+
+    def make(*args: Any, **kwargs: Any) -> Calibration:
+        method(*args, **kwargs)  # raises what is wrong with them
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        return Calibration(names, functools.partial(run, **given.arguments))
+
+    make.__module__ = run.__module__  # where it is kept, as of a function written there
+    make.__name__ = make.__qualname__ = method.__name__
+    make.__doc__ = f"What `kvjax.compress.{method.__name__}` with the same arguments reads."
+    make.__signature__ = signature.replace(return_annotation=Calibration)
+    return make
+
+
 def folder_of(root: str | os.PathLike, method: str, name: str, config: Any) -> pathlib.Path:
     """Where the constants of a method (as `parse` writes it) for a model belong.
 
@@ -70,7 +92,7 @@ def save(
     text = {
         "method": method,
         "model": name,
-        "shape": {n: getattr(model.config, n) for n in SHAPE},
+        "shape": _shape(model),
         "weights": _weights(model),
         "constants": {n: [list(x.shape), str(x.dtype)] for n, x in sorted(constants.items())},
         **(about or {}),
@@ -87,12 +109,11 @@ def load(folder: str | os.PathLike, model: Any) -> dict[str, Array]:
         holds no finished calibration.
     """
     folder = pathlib.Path(folder).resolve()
-    about = _about(folder)
-    if about is None:
+    if not complete(folder):
         raise ValueError(
             f"{folder} holds no finished calibration; make it with python -m experiments.calibrate"
         )
-    shape = {n: getattr(model.config, n) for n in SHAPE}
+    about, shape = _about(folder), _shape(model)
     differ = [f"{n} {about['shape'].get(n)}, not {shape[n]}" for n in SHAPE
               if about["shape"].get(n) != shape[n]]  # fmt: skip
     what = f"{folder} holds constants of {about['method']} for the model {about['model']!r}"
@@ -102,7 +123,7 @@ def load(folder: str | os.PathLike, model: Any) -> dict[str, Array]:
     near = 1e-4 + 0.01 / model.layers.k[...][0].size ** 0.5
     if not np.allclose(about["weights"], _weights(model), rtol=near):
         raise ValueError(f"{what}, which has other weights: calibrate this model")
-    form = {n: _abstract(*spec) for n, spec in about["constants"].items()}
+    form = {n: np.zeros(shape, dtype) for n, (shape, dtype) in about["constants"].items()}
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(folder / "constants", form)
 
@@ -133,14 +154,17 @@ def find(root: str | os.PathLike, label: str, names: Iterable[str], model: Any) 
     )
 
 
-def _about(folder: pathlib.Path) -> dict[str, Any] | None:
-    if not (folder / FILE).is_file():
-        return None
+def complete(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a finished calibration."""
+    return (pathlib.Path(folder) / FILE).is_file()
+
+
+def _about(folder: pathlib.Path) -> dict[str, Any]:
     return json.loads((folder / FILE).read_text(encoding="utf-8"))
 
 
-def _abstract(shape: list[int], dtype: str) -> Any:
-    return np.zeros(shape, dtype)
+def _shape(model: Any) -> dict[str, int]:
+    return {n: getattr(model.config, n) for n in SHAPE}
 
 
 def _weights(model: Any) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvjax.calibrate.base import Calibration
+from kvjax.calibrate.base import calibration
+from kvjax.codecs.heads import join
 from kvjax.compress.kvquant import KEYS, VALUES
 from kvjax.compress.kvquant import kvquant as method
 from kvjax.decode import positions_of
@@ -22,29 +22,6 @@ NAMES = (
 )  # fmt: skip
 POINTS = 200_000  # numbers of a layer that the levels are fitted to, at most
 ROUNDS = 50
-
-
-def kvquant(
-    bits: int = 3,
-    outliers: float = 0.01,
-    sinks: int = 1,
-    q_norm: bool | None = None,
-    range_weight: bool = True,
-) -> Calibration:
-    """Finds ranges and levels for the method with the same arguments.
-
-    >>> kvquant(bits=3).names[:2]
-    ('kvquant_key_centre', 'kvquant_key_range')
-    """
-    method(bits, outliers, sinks, q_norm, range_weight)
-    stretch = bits <= 2 if q_norm is None else q_norm
-    return Calibration(
-        NAMES,
-        functools.partial(
-            constants_of, bits=bits, outliers=outliers, sinks=sinks, q_norm=stretch,
-            range_weight=range_weight,
-        ),
-    )  # fmt: skip
 
 
 def constants_of(
@@ -64,14 +41,16 @@ def constants_of(
 
 def fit(
     k: np.ndarray, v: np.ndarray, gk: np.ndarray, gv: np.ndarray, *, bits: int,
-    outliers: float = 0.01, q_norm: bool = False, range_weight: bool = True,
+    outliers: float = 0.01, q_norm: bool | None = None, range_weight: bool = True,
 ) -> dict[str, Array]:  # fmt: skip
     """The constants by name: ranges [L, 1, 1, C], levels [L, 1, 1, 2^bits], float32.
 
     Args:
       k, v: keys before rotation and values of N tokens, [L, N, C], C the channels of all heads.
       gk, gv: the loss's gradients at them.
+      bits, outliers, q_norm, range_weight: as of `kvjax.compress.kvquant`.
     """
+    q_norm = bits <= 2 if q_norm is None else q_norm
     found: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
     for layer in range(len(k)):
         for name, x, gradient, axis in ((KEYS, k, gk, 0), (VALUES, v, gv, 1)):
@@ -106,8 +85,7 @@ def _capture(model: Any, tokens: Array) -> tuple[Array, ...]:
 
     zero = jnp.zeros(shape, jnp.float32)
     (_, (k, v)), (gk, gv) = jax.value_and_grad(loss, has_aux=True)((zero, zero))
-    wide = lambda x: jnp.moveaxis(x, 2, 3).reshape(*x.shape[:2], x.shape[3], -1)  # noqa: E731
-    return tuple(wide(x) for x in (k, v, gk, gv))
+    return tuple(join(x)[:, :, 0] for x in (k, v, gk, gv))
 
 
 def ranges(x: np.ndarray, outliers: float, axis: int) -> tuple[np.ndarray, ...]:
@@ -170,3 +148,6 @@ def weighted_kmeans(a: np.ndarray, weight: np.ndarray, count: int) -> np.ndarray
     best = min((run(start) for start in starts), key=lambda found: found[0])[1]
     # Levels must ascend: equal ones (fewer numbers than levels) are moved apart a little.
     return best + np.arange(count) * 1e-9
+
+
+kvquant = calibration(method, NAMES, constants_of)

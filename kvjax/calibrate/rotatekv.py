@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvjax.calibrate.base import Calibration
+from kvjax.calibrate.base import calibration
 from kvjax.codecs.heads import join, rotate_heads
 from kvjax.compress.rotatekv import ORDER
 from kvjax.compress.rotatekv import rotatekv as method
@@ -18,28 +18,14 @@ from kvjax.decode import positions_of
 from kvjax.models import forward
 
 
-def rotatekv(
-    bits: int = 2,
-    heads: int = 4,
-    group: int | None = None,
-    clip: float | None = None,
-    sinks: int = 20,
-    reorder: bool = True,
-) -> Calibration:
-    """Finds the order of channels for the method with the same arguments.
-
-    >>> rotatekv(bits=4).names
-    ('rotatekv_order',)
-    """
-    method(bits, heads, group, clip, sinks, reorder)
-    return Calibration((ORDER,), functools.partial(order_of_means, heads=heads))
-
-
-def order_of_means(model: Any, batches: Iterable[Array], heads: int = 4) -> dict[str, Array]:
+def order_of_means(
+    model: Any, batches: Iterable[Array], heads: int = 4, **_: Any
+) -> dict[str, Array]:
     """{"rotatekv_order": int32 [L, 1, H, D]}: rotated channels by ascending signed mean.
 
     Args:
       batches: tokens, int32 [B, T] each.
+      heads: rotated together; no other argument of the method changes the order.
     """
     total = None
     for tokens in batches:
@@ -54,3 +40,6 @@ def _sum(model: Any, tokens: Array, heads: int) -> Array:
     """The sum over tokens of rotated keys, float32 [L, H D]."""
     _, new = forward(model, tokens, positions_of(tokens), phase="prefill", logits="none")
     return jnp.sum(join(rotate_heads(heads).forward(new.kv.k))[:, :, 0], (1, 2))
+
+
+rotatekv = calibration(method, (ORDER,), order_of_means)

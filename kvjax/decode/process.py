@@ -34,6 +34,8 @@ class Processor:
 
 @dataclasses.dataclass(frozen=True)
 class RepetitionPenalty(Processor):
+    """See `repetition_penalty`."""
+
     penalty: float
 
     def init(self, prompt: Array, vocab: int) -> Array:
@@ -63,6 +65,8 @@ def repetition_penalty(penalty: float) -> Processor:
 
 @dataclasses.dataclass(frozen=True)
 class HostMask(Processor):
+    """See `host_mask`."""
+
     allowed: Callable[[np.ndarray], np.ndarray]
 
     def init(self, prompt: Array, vocab: int) -> Array:
@@ -97,6 +101,8 @@ def host_mask(allowed: Callable[[np.ndarray], np.ndarray]) -> Processor:
 
 @dataclasses.dataclass(frozen=True)
 class Both(Processor):
+    """See `processors`."""
+
     parts: tuple[Processor, ...]
 
     def init(self, prompt: Array, vocab: int) -> tuple:

@@ -60,6 +60,8 @@ class DiffusionCache:
 
 @dataclasses.dataclass(frozen=True)
 class NoCache(DiffusionCache):
+    """See `no_cache`."""
+
     codec: None = None
 
     @property
@@ -83,6 +85,8 @@ def no_cache() -> NoCache:
 
 @dataclasses.dataclass(frozen=True)
 class DKVDecode(DiffusionCache):
+    """See `dkv_decode`."""
+
     refresh: int = 8
     delay: int = 1
     prompt: bool = True

@@ -44,6 +44,8 @@ class BlockSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks(BlockSchedule):
+    """See `blocks`."""
+
     def begin(self, view: View, after: Array, first: Array) -> Array:
         return view.origin + (first - view.origin) // self.size * self.size
 

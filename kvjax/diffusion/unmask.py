@@ -50,6 +50,8 @@ def at_least_one(chosen: Array, prediction: Prediction) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Quota(Unmasker):
+    """See `quota`."""
+
     steps: int
 
     def __post_init__(self) -> None:
@@ -82,6 +84,8 @@ def quota(steps: int) -> Quota:
 
 @dataclasses.dataclass(frozen=True)
 class Threshold(Unmasker):
+    """See `threshold`."""
+
     value: float
 
     def select(self, view: View, prediction: Prediction, state: Any) -> tuple[Array, Any]:
@@ -100,6 +104,8 @@ def threshold(value: float = 0.9) -> Threshold:
 
 @dataclasses.dataclass(frozen=True)
 class Factor(Unmasker):
+    """See `factor`."""
+
     value: float
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from kvjax.cache.cache import Cache, attend, commit, rope_of, span_of, start
 from kvjax.cache.stage import InputMark
 from kvjax.cache.types import KV, PHASES, New, Observation, Phase, Query, merge, rotate
 from kvjax.models.config import Config
-from kvjax.models.linear import linear
+from kvjax.models.linear import apply, linear
 from kvjax.models.llama import Layers, Model
 from kvjax.models.plan import scan_layers
 from kvjax.models.recurrent import one_layer
@@ -135,7 +135,7 @@ def forward(
             part = merge(part, held)
         out = part.out.astype(dtype)
         out = jnp.moveaxis(out, 1, 2).reshape(*x.shape[:2], -1)
-        out = _linear(out, layer.o, layer.o_bias, split)
+        out = apply(out, layer.o, layer.o_bias, split)
         if layer.post_attention_norm is not None:
             out = rms_norm(out, layer.post_attention_norm[...], config)
         x = x + out
@@ -233,22 +233,18 @@ def rms_norm(x: Array, weight: Array, config: Config) -> Array:
 
 def mlp(h: Array, layer: Layers, config: Config, split: bool = False) -> Array:
     """The gated MLP of one layer, [..., D] -> [..., D]."""
-    gate = _linear(h, layer.gate, layer.gate_bias, split)
+    gate = apply(h, layer.gate, layer.gate_bias, split)
     silu = config.activation == "silu"
     gate = jax.nn.silu(gate) if silu else jax.nn.gelu(gate, approximate=True)
-    h = gate * _linear(h, layer.up, layer.up_bias, split)
-    return _linear(h, layer.down, layer.down_bias, split)
-
-
-def _linear(x: Array, weight: Any, bias: Any, split: bool) -> Array:
-    return linear(x, weight[...], None if bias is None else bias[...], split=split)
+    h = gate * apply(h, layer.up, layer.up_bias, split)
+    return apply(h, layer.down, layer.down_bias, split)
 
 
 def _project(h: Array, layer: Layers, config: Config, split: bool) -> tuple[Array, Array, Array]:
     """Queries [B, Hq, T, d], keys and values [B, H, T, d] of one layer, before rotation."""
 
     def heads(weight: Any, bias: Any, count: int) -> Array:
-        x = _linear(h, weight, bias, split)
+        x = apply(h, weight, bias, split)
         return x.reshape(*h.shape[:2], count, config.head_dim)
 
     q = heads(layer.q, layer.q_bias, config.heads)

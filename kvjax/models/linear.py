@@ -51,6 +51,11 @@ def linear(
     return out if bias is None else out + bias
 
 
+def apply(x: Array, weight: Any, bias: Any, split: bool = False) -> Array:
+    """`linear` with parameters of a module; `bias` may be None."""
+    return linear(x, weight[...], None if bias is None else bias[...], split=split)
+
+
 def _product(x: Array, weight: Array, dtype: Any) -> Array:
     return jnp.matmul(x, weight.T, preferred_element_type=dtype)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.recurrent import previous
-from kvjax.models.linear import linear
+from kvjax.models.linear import apply
 from kvjax.models.recurrent import RecurrentLayer
 
 # Up to so many rows are replayed one by one, which gives the state of decoding to the last bit.
@@ -130,7 +130,7 @@ class Mamba2(RecurrentLayer):
     ) -> tuple[Array, dict[str, Array]]:  # fmt: skip
         batch, rows = valid.shape
         there = valid[..., None]
-        mixed = _linear(x, layer.project, getattr(layer, "project_bias", None), split)
+        mixed = apply(x, layer.project, getattr(layer, "project_bias", None), split)
         z, raw, dt = jnp.split(mixed, [self.inner, self.inner + self.channels], -1)
         raw = jnp.where(there, raw, jnp.zeros((), raw.dtype))
         wide = self._convolve(layer, raw, state["tail"], shared).astype(raw.dtype)
@@ -148,7 +148,7 @@ class Mamba2(RecurrentLayer):
         y = y + u * layer.D[...].astype(jnp.float32)[:, None]
         y = y.reshape(batch, rows, self.inner) * jax.nn.silu(z.astype(jnp.float32))
         y = _grouped_norm(y, self.groups, eps).astype(x.dtype) * layer.gated_norm[...]
-        out = _linear(y, layer.out, getattr(layer, "out_bias", None), split)
+        out = apply(y, layer.out, getattr(layer, "out_bias", None), split)
         key = jnp.where(there[..., None], key, 0.0)
         return out, {"decay": decay, "input": scaled, "key": key, "conv": raw}
 
@@ -278,7 +278,3 @@ def _grouped_norm(y: Array, groups: int, eps: float) -> Array:
     parts = y.reshape(*y.shape[:-1], groups, -1)
     parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, -1, keepdims=True) + eps)
     return parts.reshape(y.shape)
-
-
-def _linear(x: Array, weight: Any, bias: Any, split: bool) -> Array:
-    return linear(x, weight[...], None if bias is None else bias[...], split=split)

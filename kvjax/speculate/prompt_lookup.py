@@ -14,6 +14,8 @@ from kvjax.speculate.tree import Tree, chain_of
 
 @dataclasses.dataclass(frozen=True)
 class PromptLookup(Drafter):
+    """See `prompt_lookup`."""
+
     length: int = 10
     ngram: int = 3
     match: Literal["earliest", "latest"] = "earliest"

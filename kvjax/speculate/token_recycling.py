@@ -27,6 +27,8 @@ _PAPER = """
 
 @dataclasses.dataclass(frozen=True)
 class TokenRecycling(Drafter):
+    """See `token_recycling`."""
+
     tree: Template
     width: int = 8
 

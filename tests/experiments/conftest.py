@@ -84,7 +84,7 @@ def compile_quickly(patch: pytest.MonkeyPatch, job: bool = True) -> None:
     if job:
         from experiments import exact
 
-        static[exact, "_forward"] = {"static_argnames": ("statistics", "marks")}
+        static[exact, "_forward"] = {"static_argnames": ("marks",)}
         static[exact, "_commit"] = {}
     for (module, name), options in static.items():
         patch.setattr(module, name, quick_jit(getattr(module, name).__wrapped__, **options))

@@ -25,6 +25,7 @@ def no_forward(monkeypatch):
 
     monkeypatch.setattr(exact, "_forward", compiled)
     monkeypatch.setattr(exact, "forward", compiled)
+    monkeypatch.setattr(compress, "forward", compiled)
     monkeypatch.setattr(exact, "_commit", compiled)
 
 
