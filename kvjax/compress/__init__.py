@@ -26,6 +26,7 @@ from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
 from kvjax.compress.turboquant import turboquant
 from kvjax.compress.vidkv import vidkv
+from kvjax.compress.xkv import xkv
 
 __all__ = [
     "METHODS",
@@ -49,4 +50,5 @@ __all__ = [
     "tova",
     "turboquant",
     "vidkv",
+    "xkv",
 ]

@@ -28,13 +28,14 @@ from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
 from kvjax.compress.turboquant import turboquant
 from kvjax.compress.vidkv import vidkv
+from kvjax.compress.xkv import xkv
 
 METHODS: dict[str, Callable[..., Chain]] = {
     f.__name__: f
     for f in (
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
-        vidkv,
+        vidkv, xkv,
     )
 }  # fmt: skip
 
