@@ -241,9 +241,7 @@ class LayerBases(Stage):
         row = jnp.arange(token.shape[0])[:, None, None]
         code = jax.tree.map(lambda x: x[group, row, 0, token], (state.k, state.v))
         pos = state.pos[0, row, 0, token]
-        return self._mapped(
-            state, layer, self._part(state, layer, query, q, rows, code, pos, mask)
-        )
+        return self._mapped(state, layer, self._part(state, layer, query, q, rows, code, pos, mask))
 
     def _part(
         self, state: Based, layer: Array, query: Query, q: Array, rows: Array, code: Any,

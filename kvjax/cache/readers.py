@@ -92,14 +92,12 @@ def best_pages(pages: int, page: int = 16, softmax: bool = False) -> Reader:
     return BestPages(pages, page, softmax)
 
 
-def each_row(
-    query: Query, q: Array, attend: Callable[[Query, Array, Array], Partial]
-) -> Partial:
+def each_row(query: Query, q: Array, attend: Callable[[Query, Array, Array], Partial]) -> Partial:
     """Attention of a few rows each of which reads what it would have read alone.
 
     Args:
       q: the grouped queries [B, H, G * T, D] of all rows.
-      attend: (query, q, rows) -> Partial of one row: its query, grouped [B, H, G, D], and positions.
+      attend: (query, q, rows) -> Partial of one row: its query, q [B, H, G, D], and positions.
 
     Returns:
       Partial over the grouped rows, [B, H, G * T].

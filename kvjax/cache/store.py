@@ -304,9 +304,7 @@ class Store(Stage):
             if query.shard is not None:
                 coded = jnp.clip(coded - base, 0, slots)
             return state.place.fold(layer, query, q, rows, coded, slots, part)
-        return each_row(
-            query, q, lambda *row: self._attend_pages(state, layer, *row, coded, part)
-        )
+        return each_row(query, q, lambda *row: self._attend_pages(state, layer, *row, coded, part))
 
     def _attend_pages(
         self, state: Stored, layer: Array, query: Query, q: Array, rows: Array, coded: Array,

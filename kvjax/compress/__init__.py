@@ -7,6 +7,7 @@ Every function returns a chain, runs without arguments, and is known to `parse` 
 """
 
 from kvjax.compress.adakv import adakv
+from kvjax.compress.compress_kv_heads import compress_kv_heads
 from kvjax.compress.dense import dense
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
@@ -31,6 +32,7 @@ from kvjax.compress.xkv import xkv
 __all__ = [
     "METHODS",
     "adakv",
+    "compress_kv_heads",
     "dense",
     "expected_attention",
     "gear",

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvjax.cache import Chain
 from kvjax.compress.adakv import adakv
+from kvjax.compress.compress_kv_heads import compress_kv_heads
 from kvjax.compress.dense import dense
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
@@ -35,7 +36,7 @@ METHODS: dict[str, Callable[..., Chain]] = {
     for f in (
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
-        vidkv, xkv,
+        vidkv, xkv, compress_kv_heads,
     )
 }  # fmt: skip
 

@@ -51,6 +51,9 @@ SETTINGS = {
     "rotatekv": "rotatekv(sinks=3)",
     "kvquant": "kvquant",
     "vidkv": "vidkv(group=8, residual=8)",
+    "xkv": "xkv(group=2, key_rank=9, value_rank=14)",
+    "xkv, selective": "xkv(key_rank=9, value_rank=14, budget=4, chunk=2, local=1, outliers=1)",
+    "compress_kv_heads": "compress_kv_heads",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, "
@@ -80,10 +83,15 @@ LIMITS = {
     "vidkv": "vidkv(key_bits=16, value_bits=16)",
     "vidkv, never full": "vidkv(group=8, residual=32)",
     "kvquant, all sinks": "kvquant(sinks=32)",
+    "xkv": "xkv(key_rank=1.0, value_rank=1.0)",
+    "xkv, selective": "xkv(key_rank=1.0, value_rank=1.0, budget=24, outliers=1)",
+    "compress_kv_heads": "compress_kv_heads(keep=1.0)",
+    "compress_kv_heads, before": "compress_kv_heads(keep=1.0, rope='before')",
+    "xkv, all of it local": "xkv(key_rank=1, value_rank=1, budget=8, local=3)",
 }
 # Methods that have no budget keep every token; so does mikv, whose budget is of exact ones.
 EVERYTHING = {n for n, f in METHODS.items() if "keep" not in inspect.signature(f).parameters}
-EVERYTHING |= {"mikv", "mikv, growing"}
+EVERYTHING |= {"mikv", "mikv, growing", "xkv, selective"}
 EXACT = 2e-5  # of logits of size about 3: float32 sums in another order
 # Sums in another order may move a float16 scale by its rounding, or at a tie a code by a step. What
 # the cases look for (a wrong row, a felt NaN) moves logits by 0.5 and more.
@@ -208,6 +216,10 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("rotatekv", 0.11, 0.13),  # 2.5 bits, and 20 of 544 tokens exactly
         ("vidkv(residual=32)", 0.07, 0.13),  # 2.2 bits, 31 of 544 tokens may wait exactly
         ("kvquant", 0.11, 0.13),  # 3.4 bits
+        ("compress_kv_heads", 0.49, 0.52),
+        ("compress_kv_heads(keep=0.25)", 0.24, 0.27),
+        # a rank per token and group, the maps of 512 ranks, and 32 exact tokens
+        ("xkv", 0.27, 0.29),
         ("snapkv(keep=0.25, storage=kivi(bits=2, residual=32))", 0.02, 0.1),
     ],
 )

@@ -1,0 +1,137 @@
+"""Projections that `kvjax.compress.compress_kv_heads` and `kvjax.models.merge_kv_heads` read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kvjax.cache import rope_of, rotate
+from kvjax.calibrate.base import calibration
+from kvjax.codecs.heads import join
+from kvjax.compress.compress_kv_heads import KEYS, VALUES
+from kvjax.compress.compress_kv_heads import compress_kv_heads as method
+from kvjax.decode import positions_of
+from kvjax.models import forward
+
+
+def projections(
+    model: Any, batches: Iterable[Array], rope: str, fit: str, **how: Any
+) -> dict[str, Array]:
+    """{name: float32 [L, 1, H, D, W]}: the blocks U_h of each group's projection, per layer.
+
+    Args:
+      batches: tokens, int32 [B, T] each; not read where `fit` is of the weights or the mean.
+      rope, fit, and how: as of `kvjax.compress.compress_kv_heads`.
+    """
+    codec = method(rope=rope, fit=fit, **how).stages[0].codec.k
+    heads, width = model.config.kv_heads, model.config.head_dim
+    group, rank = codec.sizes(heads, width)
+    if fit == "mean":
+        if rank != width:
+            raise ValueError(
+                f"compress_kv_heads(fit='mean'): {group} heads of {width} are to become {rank} "
+                "channels, which is not one head"
+            )
+        one = np.tile(np.eye(width) / np.sqrt(group), (heads, 1, 1))
+        basis = np.broadcast_to(one, (len(model.config.attention_layers), *one.shape))
+        return {name: jnp.asarray(basis[:, None], jnp.float32) for name in (KEYS, VALUES)}
+    if fit == "weights":
+        keys, values = (_of_weights(w) for w in (model.layers.k, model.layers.v))
+    else:
+        keys, values = moments(model, batches, rotated=rope == "after")
+    find = leading
+    if rope == "commuting":
+        if rank % width:
+            raise ValueError(
+                f"compress_kv_heads(rope='commuting'): {group} heads of {width} are to become "
+                f"{rank} channels, which is not a whole number of heads"
+            )
+        rotary = model.config.rotated
+        find = lambda m, rank: commuting(m, rank // width, width, rotary)  # noqa: E731
+    bases = {KEYS: _grouped(keys, group, width, rank, find)}
+    bases[VALUES] = _grouped(values, group, width, rank, leading)
+    return {name: jnp.asarray(x[:, None], jnp.float32) for name, x in bases.items()}
+
+
+def moments(model: Any, batches: Iterable[Array], rotated: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Second moments of keys and of values, not centred, summed over all tokens: [L, H D, H D].
+
+    Args:
+      rotated: whether keys are taken after rotary embedding.
+    """
+    total: Any = 0.0
+    for tokens in batches:
+        more = _moments(model, jnp.asarray(tokens), rotated)
+        total = total + np.asarray(more, np.float64)
+    return total[0], total[1]
+
+
+@jax.jit(static_argnames="rotated")
+def _moments(model: Any, tokens: Array, rotated: bool) -> Array:
+    positions = positions_of(tokens)
+    _, new = forward(model, tokens, positions, phase="prefill", logits="none")
+    k = new.kv.k
+    if rotated:
+        k = rotate(k, new.kv.pos, rope_of(model.config, tokens.shape[1]))
+    x = jnp.stack([join(k), join(new.kv.v)])[:, :, :, 0].astype(jnp.float32)
+    return jnp.einsum("slbtc,slbtd->slcd", x, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def _of_weights(weight: Any) -> np.ndarray:
+    """W W^T of each layer's projection [L, H D, width]: moments of keys of white inputs."""
+    w = np.asarray(weight[...], np.float64)
+    return w @ np.swapaxes(w, -1, -2)
+
+
+def _grouped(moment: np.ndarray, group: int, width: int, rank: int, find: Any) -> np.ndarray:
+    """`find(moment of a group's channels, rank)` for every layer and group: [L, H, D, W]."""
+    size = group * width
+    parts = range(0, moment.shape[-1], size)
+    found = [[find(layer[i : i + size, i : i + size], rank) for i in parts] for layer in moment]
+    return np.asarray(found).reshape(len(moment), -1, width, rank)
+
+
+def leading(moment: np.ndarray, rank: int) -> np.ndarray:
+    """The eigenvectors of the `rank` largest eigenvalues of a symmetric matrix, as columns.
+
+    >>> leading(np.diag([1.0, 5.0, 3.0]), 2).round(6).tolist()
+    [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+    """
+    return np.linalg.eigh(moment)[1][:, ::-1][:, :rank]
+
+
+def commuting(moment: np.ndarray, kept: int, width: int, rotary: int) -> np.ndarray:
+    """The projection [t D, kept D] that leaves most, among those that commute with rotation.
+
+    Rotary embedding multiplies channels (i, i + R/2) of a head, as one complex number, by a number
+    that is the same in all heads. So any complex combination of the heads' i-th numbers commutes
+    with it: the best are the eigenvectors of their complex second moment [t, t]. Channels that do
+    not rotate are projected like values.
+
+    Args:
+      moment: of the channels of t heads before (or after) rotation, [t D, t D].
+      kept: heads that the t become. width: D. rotary: R.
+    """
+    heads, half = len(moment) // width, rotary // 2
+    m = moment.reshape(heads, width, heads, width)
+    basis = np.zeros((heads, width, kept, width))
+    for i in range(half):
+        j = i + half
+        # z = x_i + i x_j of each head: E conj(z) z^T, whose eigenvectors u give c = sum conj(u) z
+        real, cross = m[:, i, :, i] + m[:, j, :, j], m[:, i, :, j] - m[:, j, :, i]
+        u = np.linalg.eigh(real - 1j * cross)[1][:, ::-1][:, :kept]
+        basis[:, i, :, i] = basis[:, j, :, j] = u.real
+        basis[:, i, :, j], basis[:, j, :, i] = -u.imag, u.imag
+    if rest := width - rotary:
+        part = m[:, rotary:, :, rotary:].reshape(heads * rest, -1)
+        u = leading(part, kept * rest).reshape(heads, rest, kept, rest)
+        basis[:, rotary:, :, rotary:] = u
+    return basis.reshape(heads * width, kept * width)
+
+
+compress_kv_heads = calibration(method, (KEYS, VALUES), projections)
