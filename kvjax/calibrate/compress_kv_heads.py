@@ -71,14 +71,18 @@ def moments(model: Any, batches: Iterable[Array], rotated: bool) -> tuple[np.nda
     return total[0], total[1]
 
 
+@jax.jit
+def capture(model: Any, tokens: Array) -> tuple[Array, Array, Array]:
+    """Keys before rotation and values [L, B, H, T, D] of tokens [B, T], and positions."""
+    _, new = forward(model, tokens, positions_of(tokens), phase="prefill", logits="none")
+    return new.kv.k, new.kv.v, new.kv.pos
+
+
 @jax.jit(static_argnames="rotated")
 def _moments(model: Any, tokens: Array, rotated: bool) -> Array:
-    positions = positions_of(tokens)
-    _, new = forward(model, tokens, positions, phase="prefill", logits="none")
-    k = new.kv.k
-    if rotated:
-        k = rotate(k, new.kv.pos, rope_of(model.config, tokens.shape[1]))
-    x = jnp.stack([join(k), join(new.kv.v)])[:, :, :, 0].astype(jnp.float32)
+    k, v, pos = capture(model, tokens)
+    k = rotate(k, pos, rope_of(model.config, tokens.shape[1])) if rotated else k
+    x = jnp.stack([join(k), join(v)])[:, :, :, 0].astype(jnp.float32)
     return jnp.einsum("slbtc,slbtd->slcd", x, x, precision=jax.lax.Precision.HIGHEST)
 
 
