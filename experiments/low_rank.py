@@ -129,7 +129,8 @@ def main(argv: list[str]) -> None:
                 common.console.print(f"left out: {wrong}", highlight=False)
                 continue
             for name, source in (("merged_keys", SOURCES[1]), ("merged_values", SOURCES[2])):
-                XXX
+                codec = compress_kv_heads(**how).stages[0].codec.k
+                group, _ = codec.sizes(config.kv_heads, config.head_dim)
                 left = heads_merged(data[source], found[name], group)
                 rows.append({
                     "name": f"{source}, keep {keep:g}, {rope}, {fit}", "source": source,
