@@ -5,8 +5,8 @@
 Two tables. Over layers: the squared error that is left when groups of layers share a basis (as in
 `kvjax.compress.xkv`), at equal ranks per layer, so at equal coordinates per token; the maps of a
 group take as many more numbers per layer as it has layers. Over heads: what a calibrated projection
-of the KV heads leaves of other text (as in `kvjax.compress.compress_kv_heads`), for its kinds of fit.
-Errors are shares of each layer's sum of squares, averaged over layers.
+of the KV heads (as in `kvjax.compress.compress_kv_heads`) leaves of other text, for its kinds of
+fit. Errors are shares of each layer's sum of squares, averaged over layers.
 """
 
 from __future__ import annotations
