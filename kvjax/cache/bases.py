@@ -110,6 +110,8 @@ class LayerBases(Stage):
                 "layer_bases(...) needs layers and heads that hold the same tokens, but the stage "
                 "before it leaves other ones in each"
             )
+        if "bias" in spec.columns:
+            raise ValueError("layer_bases(...) holds no logit biases, which tokens bring here")
         n, width = spec.prompt, spec.width
         held = (spec.layers, spec.batch, spec.kv_heads)
         ranks = self._ranks(spec)
