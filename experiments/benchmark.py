@@ -61,6 +61,7 @@ class Case:
     capacity: int
     batch: int = 1
     method: Any = None
+    constants: Any = None  # that the method reads
 
     @property
     def chain(self) -> Any:
@@ -97,8 +98,9 @@ def weights_bytes(model: Model) -> int:
 def filled(model: Model, case: Case) -> tuple[jax.Array, Any]:
     """A cache of random keys and values: decode speed does not depend on what they are."""
     cache = kv.init_cache(
-        model.config, case.chain, case.batch, case.capacity, prompt=case.held, dtype=jnp.float32
-    )
+        model.config, case.chain, case.batch, case.capacity, prompt=case.held, dtype=jnp.float32,
+        constants=case.constants,
+    )  # fmt: skip
     config = model.config
     shape = (config.layers, case.batch, config.kv_heads, case.held, config.head_dim)
     pos = jnp.broadcast_to(jnp.arange(case.held), (case.batch, case.held))

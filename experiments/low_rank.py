@@ -21,8 +21,7 @@ from ml_collections import config_flags
 
 from experiments import common
 from kvjax.cache import rope_of, rotate
-from kvjax.calibrate import CALIBRATIONS
-from kvjax.calibrate.compress_kv_heads import capture
+from kvjax.calibrate.compress_kv_heads import bases, capture, moments, of_weights
 from kvjax.compress import compress_kv_heads
 from kvjax.evaluate import load_text, samples
 from kvjax.models import load
@@ -120,11 +119,16 @@ def main(argv: list[str]) -> None:
             name = f"{source}, {row['group']} layers, rank {row['rank']}"
             rows.append({"name": name, "source": source, **row, **angles})
     batches = [jnp.asarray(other[i : i + 2]) for i in range(0, len(other), 2)]
+    second = {
+        ("after", "activations"): moments(model, batches, rotated=True),
+        ("commuting", "activations"): moments(model, batches, rotated=False),
+        ("after", "weights"): of_weights(model),
+    }
     for keep in map(float, chosen["keep"]):
         for rope, fit in FITS:
             how = {"keep": keep, "rope": rope, "fit": fit}
             try:
-                found = CALIBRATIONS["compress_kv_heads"](**how)(model, batches)
+                found = bases(config, second.get((rope, fit)), **how)
             except ValueError as wrong:
                 common.console.print(f"left out: {wrong}", highlight=False)
                 continue

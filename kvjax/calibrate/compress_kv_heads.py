@@ -28,8 +28,25 @@ def projections(
       batches: tokens, int32 [B, T] each; not read where `fit` is of the weights or the mean.
       rope, fit, and how: as of `kvjax.compress.compress_kv_heads`.
     """
+    if fit == "activations":
+        found = moments(model, batches, rotated=rope == "after")
+    elif fit == "weights":
+        found = of_weights(model)
+    else:
+        found = None
+    return bases(model.config, found, rope=rope, fit=fit, **how)
+
+
+def bases(
+    config: Any, found: tuple[np.ndarray, np.ndarray] | None, rope: str, fit: str, **how: Any
+) -> dict[str, Array]:
+    """`projections` from second moments of keys and values, each [L, H D, H D].
+
+    Args:
+      found: None where `fit` is "mean".
+    """
     codec = method(rope=rope, fit=fit, **how).stages[0].codec.k
-    heads, width = model.config.kv_heads, model.config.head_dim
+    heads, width = config.kv_heads, config.head_dim
     group, rank = codec.sizes(heads, width)
     if fit == "mean":
         if rank != width:
@@ -38,12 +55,8 @@ def projections(
                 "channels, which is not one head"
             )
         one = np.tile(np.eye(width) / np.sqrt(group), (heads, 1, 1))
-        basis = np.broadcast_to(one, (len(model.config.attention_layers), *one.shape))
-        return {name: jnp.asarray(basis[:, None], jnp.float32) for name in (KEYS, VALUES)}
-    if fit == "weights":
-        keys, values = (_of_weights(w) for w in (model.layers.k, model.layers.v))
-    else:
-        keys, values = moments(model, batches, rotated=rope == "after")
+        same = np.broadcast_to(one, (len(config.attention_layers), 1, *one.shape))
+        return {name: jnp.asarray(same, jnp.float32) for name in (KEYS, VALUES)}
     find = leading
     if rope == "commuting":
         if rank % width:
@@ -51,11 +64,13 @@ def projections(
                 f"compress_kv_heads(rope='commuting'): {group} heads of {width} are to become "
                 f"{rank} channels, which is not a whole number of heads"
             )
-        rotary = model.config.rotated
-        find = lambda m, rank: commuting(m, rank // width, width, rotary)  # noqa: E731
-    bases = {KEYS: _grouped(keys, group, width, rank, find)}
-    bases[VALUES] = _grouped(values, group, width, rank, leading)
-    return {name: jnp.asarray(x[:, None], jnp.float32) for name, x in bases.items()}
+        kept, rotary = rank // width, config.rotated
+        find = lambda m, _: commuting(m, kept, width, rotary)  # noqa: E731
+    sides = {KEYS: (found[0], find), VALUES: (found[1], leading)}
+    return {
+        name: jnp.asarray(_grouped(moment, group, width, rank, how)[:, None], jnp.float32)
+        for name, (moment, how) in sides.items()
+    }
 
 
 def moments(model: Any, batches: Iterable[Array], rotated: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -86,10 +101,10 @@ def _moments(model: Any, tokens: Array, rotated: bool) -> Array:
     return jnp.einsum("slbtc,slbtd->slcd", x, x, precision=jax.lax.Precision.HIGHEST)
 
 
-def _of_weights(weight: Any) -> np.ndarray:
-    """W W^T of each layer's projection [L, H D, width]: moments of keys of white inputs."""
-    w = np.asarray(weight[...], np.float64)
-    return w @ np.swapaxes(w, -1, -2)
+def of_weights(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """W W^T of each layer's projections [L, H D, width]: second moments for white inputs."""
+    weights = (np.asarray(w[...], np.float64) for w in (model.layers.k, model.layers.v))
+    return tuple(w @ np.swapaxes(w, -1, -2) for w in weights)
 
 
 def _grouped(moment: np.ndarray, group: int, width: int, rank: int, find: Any) -> np.ndarray:
