@@ -4,12 +4,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.cache import Carried, Spec, best_pages, horizon, layer_bases, tokens_held
+from kvjax.cache import (
+    Carried,
+    Spec,
+    best_pages,
+    chain,
+    horizon,
+    layer_bases,
+    store,
+    tokens_held,
+)
 from kvjax.cache.bases import alike
 from kvjax.cache.readers import BestPages
 from kvjax.cache.stage import FOREVER
 from kvjax.codecs import low_rank, normalize
-from tests.cache.harness import BATCH, KV_HEADS, LAYERS, empty, part, rows, run
+from tests.cache.harness import (
+    BATCH,
+    KV_HEADS,
+    LAYERS,
+    close,
+    dense,
+    done,
+    empty,
+    look,
+    part,
+    rows,
+    run,
+    step,
+)
 
 
 def test_later_tokens_flow_on_and_nothing_changes_form():
@@ -36,6 +58,19 @@ def test_a_prompt_without_tokens_is_passed_through():
     r = part(rows(1, 20), 0, 4)
     cache = empty(layer_bases(4, 4), 8)
     assert tokens_held(cache) == 0 and r["pos"].shape == (2, 4)
+
+
+@pytest.mark.parametrize("reader", [None, best_pages(150, 8)])
+def test_many_tokens_are_read_block_by_block(reader):
+    """More than one block of slots, the last one partly full; 17 rows read all, one selects all."""
+    r = rows(5, 1217)
+    cache = empty(chain(layer_bases(1.0, 1.0, 2, reader=reader), store()), 1300, 1210)
+    _, cache = step(cache, part(r, 0, 1200), "prefill")
+    cache = done(cache)
+    out = np.asarray(look(cache, part(r, 1200, 1217))[0])
+    close(out, dense(r)[0][:, :, :, 1200:], r["pos"][:, 1200:], 5e-5)
+    one = np.asarray(look(cache, part(r, 1200, 1201))[0])
+    close(one, out[:, :, :, :1], r["pos"][:, 1200:1201], 5e-5)
 
 
 def index_of(*pages):
