@@ -112,10 +112,11 @@ class Job:
         where = None if layout is None else parallel.parameter_sharding(layout.mesh, layout.rules)
         self.model, self.tokenizer = load(settings["model"], dtype=self.dtype, sharding=where)
         self.config = self.model.config
-        self.constants = {}
+        self.constants = {}  # by label: equal chains may have been calibrated differently
+        self.given: Any = None  # those of the method that is running
         for label, chain in methods:
             names = chain.constants(self.config.head_dim)
-            self.constants[chain] = find(calibration, label, names, self.model) if names else None
+            self.constants[label] = find(calibration, label, names, self.model) if names else None
         self.marks = tuple(dict.fromkeys(m for _, c in methods for m in c.input_marks))
         text = load_text(settings["text"])
         context, more = settings["context"], settings["continuation"]
@@ -171,17 +172,20 @@ class Job:
             if "agnostic" in settings["needle_modes"]:
                 sizes.append((len(batch), length, asked + ANSWER))
         for label, chain in methods:
+            given = self.constants[label]
             for batch, prompt, more in sizes:
                 try:
                     jax.eval_shape(
-                        lambda chain=chain, batch=batch, prompt=prompt, more=more: kv.init_cache(
-                            self.config,
-                            chain,
-                            batch,
-                            prompt + more,
-                            prompt=prompt,
-                            layout=self.layout,
-                            constants=self.constants[chain],
+                        lambda chain=chain, given=given, batch=batch, prompt=prompt, more=more: (
+                            kv.init_cache(
+                                self.config,
+                                chain,
+                                batch,
+                                prompt + more,
+                                prompt=prompt,
+                                layout=self.layout,
+                                constants=given,
+                            )
                         )
                     )
                 except ValueError as error:
@@ -203,12 +207,13 @@ class Job:
         return join(exact.new, new), logits[:, 0]
 
     def _compressed(self, exact: Exact, chain: Any, room: int, timed: bool = False) -> Any:
-        given = self.constants[chain]
-        return compressed(self.config, exact, chain, room, self.dtype, timed, self.layout, given)
+        dtype, layout, given = self.dtype, self.layout, self.given
+        return compressed(self.config, exact, chain, room, dtype, timed, layout, given)
 
     def run(self, label: str, chain: Any, progress: Any) -> dict[str, Any]:
         """All figures of one method."""
         row: dict[str, Any] = {"method": label}
+        self.given = self.constants[label]
         figures, cache = self.quality(chain, label == "dense")
         row |= figures
         progress()

@@ -43,9 +43,14 @@ NAMES = (
     "calibration_offset", "out",
 )  # fmt: skip
 SOURCES = ("keys before rope", "keys after rope", "values")
-# Of the fits that suit any share, and of those that need whole heads.
-FITS = (("after", "activations"), ("after", "weights"), ("commuting", "activations"),
-        ("after", "mean"))  # fmt: skip
+# Those that suit any share, and those that need whole heads.
+FITS = (
+    ("before", "activations"),
+    ("after", "activations"),
+    ("after", "weights"),
+    ("commuting", "activations"),
+    ("after", "mean"),
+)
 LENGTH = 512
 
 
@@ -121,9 +126,10 @@ def main(argv: list[str]) -> None:
     batches = [jnp.asarray(other[i : i + 2]) for i in range(0, len(other), 2)]
     second = {
         ("after", "activations"): moments(model, batches, rotated=True),
-        ("commuting", "activations"): moments(model, batches, rotated=False),
+        ("before", "activations"): moments(model, batches, rotated=False),
         ("after", "weights"): of_weights(model),
     }
+    second["commuting", "activations"] = second["before", "activations"]
     for keep in map(float, chosen["keep"]):
         for rope, fit in FITS:
             how = {"keep": keep, "rope": rope, "fit": fit}
@@ -132,7 +138,10 @@ def main(argv: list[str]) -> None:
             except ValueError as wrong:
                 common.console.print(f"left out: {wrong}", highlight=False)
                 continue
-            for name, source in (("merged_keys", SOURCES[1]), ("merged_values", SOURCES[2])):
+            for name, source in (
+                ("merged_keys", SOURCES[rope != "before"]),
+                ("merged_values", SOURCES[2]),
+            ):
                 codec = compress_kv_heads(**how).stages[0].codec.k
                 group, _ = codec.sizes(config.kv_heads, config.head_dim)
                 left = heads_merged(data[source], found[name], group)

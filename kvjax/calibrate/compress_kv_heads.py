@@ -20,16 +20,16 @@ from kvjax.models import forward
 
 
 def projections(
-    model: Any, batches: Iterable[Array], rope: str, fit: str, **how: Any
+    model: Any, batches: Iterable[Array], rope: str, fit: str, sinks: int, **how: Any
 ) -> dict[str, Array]:
     """{name: float32 [L, 1, H, D, W]}: the blocks U_h of each group's projection, per layer.
 
     Args:
       batches: tokens, int32 [B, T] each; not read where `fit` is of the weights or the mean.
-      rope, fit, and how: as of `kvjax.compress.compress_kv_heads`.
+      rope, fit, sinks and how: as of `kvjax.compress.compress_kv_heads`.
     """
     if fit == "activations":
-        found = moments(model, batches, rotated=rope == "after")
+        found = moments(model, batches, rope == "after", sinks)
     elif fit == "weights":
         found = of_weights(model)
     else:
@@ -45,7 +45,7 @@ def bases(
     Args:
       found: None where `fit` is "mean".
     """
-    codec = method(rope=rope, fit=fit, **how).stages[0].codec.k
+    codec = method(rope=rope, fit=fit, **how).stages[-1].codec.k
     heads, width = config.kv_heads, config.head_dim
     group, rank = codec.sizes(heads, width)
     if fit == "mean":
@@ -68,20 +68,23 @@ def bases(
         find = lambda m, _: commuting(m, kept, width, rotary)  # noqa: E731
     sides = {KEYS: (found[0], find), VALUES: (found[1], leading)}
     return {
-        name: jnp.asarray(_grouped(moment, group, width, rank, how)[:, None], jnp.float32)
-        for name, (moment, how) in sides.items()
+        name: jnp.asarray(_grouped(moment, group, width, rank, best)[:, None], jnp.float32)
+        for name, (moment, best) in sides.items()
     }
 
 
-def moments(model: Any, batches: Iterable[Array], rotated: bool) -> tuple[np.ndarray, np.ndarray]:
+def moments(
+    model: Any, batches: Iterable[Array], rotated: bool, sinks: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Second moments of keys and of values, not centred, summed over all tokens: [L, H D, H D].
 
     Args:
       rotated: whether keys are taken after rotary embedding.
+      sinks: first tokens of each sequence that are left out.
     """
     total: Any = 0.0
     for tokens in batches:
-        more = _moments(model, jnp.asarray(tokens), rotated)
+        more = _moments(model, jnp.asarray(tokens), rotated, sinks)
         total = total + np.asarray(more, np.float64)
     return total[0], total[1]
 
@@ -93,11 +96,11 @@ def capture(model: Any, tokens: Array) -> tuple[Array, Array, Array]:
     return new.kv.k, new.kv.v, new.kv.pos
 
 
-@jax.jit(static_argnames="rotated")
-def _moments(model: Any, tokens: Array, rotated: bool) -> Array:
+@jax.jit(static_argnames=("rotated", "sinks"))
+def _moments(model: Any, tokens: Array, rotated: bool, sinks: int) -> Array:
     k, v, pos = capture(model, tokens)
     k = rotate(k, pos, rope_of(model.config, tokens.shape[1])) if rotated else k
-    x = jnp.stack([join(k), join(v)])[:, :, :, 0].astype(jnp.float32)
+    x = jnp.stack([join(k), join(v)])[:, :, :, 0, sinks:].astype(jnp.float32)
     return jnp.einsum("slbtc,slbtd->slcd", x, x, precision=jax.lax.Precision.HIGHEST)
 
 

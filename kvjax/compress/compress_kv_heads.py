@@ -1,6 +1,6 @@
 """Effectively Compress KV Heads: the heads of a group projected to fewer, where the data lie."""
 
-from kvjax.cache import Chain, chain, store
+from kvjax.cache import Chain, chain, first, store
 from kvjax.codecs import merge_heads, per_kv, quantize
 from kvjax.compress.common import bits_of
 
@@ -15,10 +15,11 @@ def compress_kv_heads(
     rope: str = "after",
     fit: str = "activations",
     bits: int = 16,
+    sinks: int = 0,
 ) -> Chain:
     """Fewer KV heads: those of a group side by side, projected to the best subspace of one.
 
-        store(per_kv(k=merge_heads(keep, keys), v=merge_heads(keep, values)), rope)
+        first(sinks) > store(per_kv(k=merge_heads(keep, keys), v=merge_heads(keep, values)), rope)
         c = [k_1 .. k_t] P;  P: leading eigenvectors of E [k_1 .. k_t]^T [k_1 .. k_t];
         q_h . k_h' = (q_h P_h) . c;  values likewise, and their mix by P_h^T
 
@@ -42,6 +43,7 @@ def compress_kv_heads(
       fit: P from "activations" (SVD-a in the paper), from the "weights" of keys and values alone
         (SVD-w), or the "mean" of a group's heads (one kept head per group).
       bits: of the kept channels, one scale per token and kept head: 1 to 8, or 16 for exact.
+      sinks: first tokens held exactly, and not calibrated on; none in the paper.
 
     Raises:
       ValueError: arguments out of range; on init_cache, heads that do not divide, or constants that
@@ -71,7 +73,10 @@ def compress_kv_heads(
                 f"compress_kv_heads({name}={value!r}): expected one of {', '.join(known)}"
             )
     bits_of("compress_kv_heads", bits)
+    if not isinstance(sinks, int) or sinks < 0:
+        raise ValueError(f"compress_kv_heads(sinks={sinks!r}): expected an integer of at least 0")
     heads = float(keep) if kv_heads is None else kv_heads
     code = None if bits == 16 else quantize(bits)
     keys, values = (merge_heads(heads, name, code) for name in (KEYS, VALUES))
-    return chain(store(per_kv(k=keys, v=values), rope="before" if rope == "before" else "after"))
+    held = store(per_kv(k=keys, v=values), rope="before" if rope == "before" else "after")
+    return chain(first(sinks), held) if sinks else chain(held)

@@ -29,7 +29,9 @@ def xkv(
     reconstruction): those whose mean key it attends to most, by the softmax over chunks, the
     largest among the query heads of a group. The last chunks, and outlier chunks, of which some key
     points away from the mean, are also held, and read, exactly. The prompt attends to its exact
-    keys and values.
+    keys and values. Layers outside of any group: `init_cache(..., exact_layers=...)`. A group's
+    maps take as many numbers as group x heads x head size more tokens would: for short prompts it
+    saves nothing.
 
     Choices where paper and released code differ: keys and values are both rebuilt, where the
     released selective form keeps exact values; U S and V^T are stored in place of U and S V^T (the

@@ -53,7 +53,7 @@ SETTINGS = {
     "vidkv": "vidkv(group=8, residual=8)",
     "xkv": "xkv(group=2, key_rank=9, value_rank=14)",
     "xkv, selective": "xkv(key_rank=9, value_rank=14, budget=4, chunk=2, local=1, outliers=1)",
-    "compress_kv_heads": "compress_kv_heads",
+    "compress_kv_heads": "compress_kv_heads(sinks=2)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, "

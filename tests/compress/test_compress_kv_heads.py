@@ -108,6 +108,9 @@ def test_moments_are_those_of_the_tokens():
         found = moments(four_heads(), batches(), rotated)
         for got, x in zip(found, tokens_of(four_heads(), rotated)):
             np.testing.assert_allclose(got, np.swapaxes(x, 1, 2) @ x, rtol=1e-4, atol=1e-2)
+    later = moments(four_heads(), batches(), True, sinks=23)[1]  # the last token of each sequence
+    x = tokens_of(four_heads(), True)[1][:, 23::24]
+    np.testing.assert_allclose(later, np.swapaxes(x, 1, 2) @ x, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(("keep", "group", "rank"), [(0.5, 2, 8), (0.25, 4, 8), (0.75, 4, 24)])
@@ -235,7 +238,8 @@ def test_as_many_heads_as_before_and_twins_lose_nothing():
 
 
 def test_what_makes_no_sense_is_refused():
-    for bad in ({"keep": 0.0}, {"kv_heads": 0}, {"rope": "none"}, {"fit": "best"}, {"bits": 9}):
+    for bad in ({"keep": 0.0}, {"kv_heads": 0}, {"rope": "none"}, {"fit": "best"}, {"bits": 9},
+                {"sinks": -1}):  # fmt: skip
         with pytest.raises(ValueError, match=f"compress_kv_heads.{next(iter(bad))}"):
             compress_kv_heads(**bad)
     with pytest.raises(ValueError, match="give one of them"):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.experiments.conftest import start as compress
 from tests.experiments.test_distortion import run
 
 PROGRAM = """
@@ -67,3 +68,24 @@ def test_held(tiny, tmp_path):
     assert dense["bits_per_value"] == pytest.approx(32, rel=0.2) and dense["speed_of_dense"] == 1
     assert coded["bytes_per_token"] < 0.4 * dense["bytes_per_token"]
     assert all(r["tokens_per_second"] > 0 for r in rows)
+
+
+CALIBRATED = """
+import sys
+from experiments import calibrate
+
+calibrate.main(calibrate.FLAGS(["calibrate", *sys.argv[1:]]))
+"""
+
+
+def test_equal_chains_have_each_their_own_constants(tiny, tmp_path):
+    """How a projection was found is not seen in the chain that reads it."""
+    methods = "compress_kv_heads(kv_heads=1); compress_kv_heads(kv_heads=1, fit='mean')"
+    how = (f"--model={tiny}", f"--text={tiny}/text.txt", f"--methods={methods}")
+    run(CALIBRATED, *how, f"--out={tmp_path}/c", "--offset=100", "--samples=2", "--tokens=32")
+    compress(
+        *how, f"--out={tmp_path}/r", "--context=64", "--continuation=16", "--offsets=10",
+        "--needles=0", "--rounds=1", f"--calibration={tmp_path}/c",
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "r" / "results.json").read_text())["rows"]
+    assert [r["kl"] > 0 for r in rows] == [False, True, True] and rows[1]["kl"] != rows[2]["kl"]
