@@ -29,7 +29,7 @@ def size(
         )
     if keep is None and tokens is None:
         keep, tokens = (default, None) if isinstance(default, float) else (None, default)
-    if keep is not None and not (_is_number(keep) and 0 < keep <= 1):
+    if keep is not None and not (is_number(keep) and 0 < keep <= 1):
         raise ValueError(f"{method}(keep={keep!r}): a fraction of the prompt lies in (0, 1]")
     if tokens is not None and not (isinstance(tokens, int) and tokens >= least):
         raise ValueError(f"{method}(tokens={tokens!r}): expected an integer of at least {least}")
@@ -41,7 +41,7 @@ def split(
 ) -> tuple[int | Share, int | Share]:
     """A budget as (recent, heavy): `recent` is the part of it that goes to the newest tokens."""
     tokens, keep = size(method, keep, tokens, default=default, least=2)
-    if not (_is_number(recent) and 0 < recent < 1):
+    if not (is_number(recent) and 0 < recent < 1):
         raise ValueError(f"{method}(recent_part={recent!r}): a part of the budget lies in (0, 1)")
     part = as_fraction(recent)
     if keep is not None:
@@ -120,5 +120,6 @@ def grouped(bits: int, axis: str = "token", group: int | None = None, parts: int
     return dense() if bits == 16 else quantize(bits, axis, group, parts=parts)
 
 
-def _is_number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
+    """Whether x is an int or a float."""
     return isinstance(x, int | float) and not isinstance(x, bool)
