@@ -25,10 +25,12 @@ from kvjax.codecs.dense import Dense, dense
 from kvjax.codecs.heads import (
     AcrossHeads,
     PermuteHeads,
+    ProjectHeads,
     RotateHeads,
     across_heads,
     joins_heads,
     permute_heads,
+    project_heads,
     rotate_heads,
 )
 from kvjax.codecs.levels import Levels, Normalize, levels, normalize
@@ -64,6 +66,7 @@ __all__ = [
     "Outliers",
     "PerKV",
     "PermuteHeads",
+    "ProjectHeads",
     "Projection",
     "Quantize",
     "Residual",
@@ -91,6 +94,7 @@ __all__ = [
     "pack",
     "per_kv",
     "permute_heads",
+    "project_heads",
     "projection",
     "quantize",
     "quantum",
