@@ -7,6 +7,7 @@ Every function returns a chain, runs without arguments, and is known to `parse` 
 """
 
 from kvjax.compress.adakv import adakv
+from kvjax.compress.cskv import cskv
 from kvjax.compress.dense import dense
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
@@ -30,6 +31,7 @@ from kvjax.compress.vidkv import vidkv
 __all__ = [
     "METHODS",
     "adakv",
+    "cskv",
     "dense",
     "expected_attention",
     "gear",

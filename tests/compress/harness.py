@@ -114,6 +114,10 @@ def plain_constants(chain, config) -> dict:
             for name, spec in codec.constants_spec(heads * width if wide else width).items():
                 if "order" in name:
                     x = jnp.arange(heads * width, dtype=jnp.int32)[::-1].reshape(1, heads, width)
+                elif name.endswith(("_down", "_up")):
+                    x = jnp.eye(*(heads * n for n in spec.shape))[None, None]
+                elif name.endswith("_offset"):
+                    x = jnp.zeros((1, 1, heads * width))
                 elif name.endswith(("_centre", "_range")):
                     x = jnp.full((1, 1, *spec.shape), float("range" in name))
                 elif name == "balance":

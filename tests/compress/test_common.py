@@ -51,6 +51,8 @@ SETTINGS = {
     "rotatekv": "rotatekv(sinks=3)",
     "kvquant": "kvquant",
     "vidkv": "vidkv(group=8, residual=8)",
+    "cskv": "cskv(window=6)",
+    "cskv 4 bits": "cskv(window=8, sliding=False, bits=4)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, "
@@ -79,6 +81,9 @@ LIMITS = {
     "kvquant": "kvquant(bits=16)",
     "vidkv": "vidkv(key_bits=16, value_bits=16)",
     "vidkv, never full": "vidkv(group=8, residual=32)",
+    "cskv": "cskv(key_density=1.0, value_density=1.0, window=4)",
+    "cskv, no window": "cskv(key_density=1.0, value_density=1.0, window=0)",
+    "cskv, never full": "cskv(bits=4)",
     "kvquant, all sinks": "kvquant(sinks=32)",
 }
 # Methods that have no budget keep every token; so does mikv, whose budget is of exact ones.
@@ -208,6 +213,9 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("rotatekv", 0.11, 0.13),  # 2.5 bits, and 20 of 544 tokens exactly
         ("vidkv(residual=32)", 0.07, 0.13),  # 2.2 bits, 31 of 544 tokens may wait exactly
         ("kvquant", 0.11, 0.13),  # 3.4 bits
+        # Half; 32 of 544 tokens exactly, and 2 x 2 matrices of 128 x 64 each layer.
+        ("cskv", 0.60, 0.64),
+        ("cskv(bits=4)", 0.24, 0.28),  # 2.5 bits; up to 63 tokens may wait exactly
         ("snapkv(keep=0.25, storage=kivi(bits=2, residual=32))", 0.02, 0.1),
     ],
 )
