@@ -40,6 +40,11 @@ class Calibration:
     run: Callable[[Any, Iterable[Array]], dict[str, Array]]
     program: str | None = PROGRAM
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The method's arguments, defaults included."""
+        return dict(getattr(self.run, "keywords", {}))
+
     def __call__(self, model: Any, batches: Iterable[Array] = ()) -> dict[str, Array]:
         if self.program not in (None, PROGRAM):
             raise ValueError(f"these constants are not calibrated but trained: {self.command()}")

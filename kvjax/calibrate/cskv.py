@@ -23,8 +23,39 @@ PROGRAM = "experiments.train_cskv"
 
 
 def constants_of(
+    model: Any, batches: Iterable[Array], *, factors: str, **how: Any
+) -> dict[str, Array]:
+    """`factors_of` what the batches say, tokens int32 [B, T] each; where factors is "svd" they are
+    not read."""
+    refuse(model, factors)
+    return factors_of(model, None if factors == "svd" else statistics_of(model, batches),
+                      factors=factors, **how)  # fmt: skip
+
+
+def refuse(model: Any, factors: str) -> None:
+    """Raises ValueError where keys are normalised after their projection, and so do not have its
+    directions, but those are asked for."""
+    if factors in ("svd", "asvd") and model.config.qk_norm:
+        raise ValueError(
+            f"factors={factors!r}: this model normalises keys after their projection, so that the "
+            "projection does not say which channels they need; expected 'pca' or 'trained'"
+        )
+
+
+def statistics_of(model: Any, batches: Iterable[Array]) -> dict[str, np.ndarray]:
+    """What all factors are found from, summed over batches; see `_statistics`."""
+    seen = None
+    for tokens in batches:
+        more = jax.device_get(_statistics(model, jnp.asarray(tokens)))
+        seen = more if seen is None else jax.tree.map(np.add, seen, more)
+    if seen is None:
+        raise ValueError("batches: expected at least one batch of tokens")
+    return seen
+
+
+def factors_of(
     model: Any,
-    batches: Iterable[Array],
+    seen: dict[str, np.ndarray] | None,
     *,
     key_density: float,
     value_density: float,
@@ -35,26 +66,12 @@ def constants_of(
     """Factors by name: down [L, 1, 1, H D, H r], up [L, 1, 1, H r, H D], offset [L, 1, 1, H D].
 
     Args:
-      batches: tokens, int32 [B, T] each; not read where factors is "svd".
+      seen: of `statistics_of`; None for "svd".
       key_density, value_density: as of `kvjax.compress.cskv`. factors: "svd", "asvd" or "pca".
       alpha: power of the mean magnitudes of the layer's input by which "asvd" weighs them.
-
-    Raises:
-      ValueError: of keys that are normalised after their projection, the projection is not asked.
     """
+    refuse(model, factors)
     config, layers = model.config, model.layers
-    if factors in ("svd", "asvd") and config.qk_norm:
-        raise ValueError(
-            f"factors={factors!r}: this model normalises keys after their projection, so that the "
-            "projection does not say which channels they need; expected 'pca' or 'trained'"
-        )
-    seen = None
-    if factors != "svd":
-        for tokens in batches:
-            more = _statistics(model, jnp.asarray(tokens))
-            seen = jax.device_get(more) if seen is None else jax.tree.map(np.add, seen, more)
-        if seen is None:
-            raise ValueError(f"factors={factors!r}: expected at least one batch of tokens")
     found: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
     for side, part, weight, bias in (
         ("k", key_density, layers.k, layers.k_bias), ("v", value_density, layers.v, layers.v_bias),

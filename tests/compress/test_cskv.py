@@ -10,7 +10,7 @@ import pytest
 from kvjax.calibrate import CALIBRATIONS, find
 from kvjax.calibrate.cskv import constants_of, factorised
 from kvjax.compress import cskv
-from kvjax.models import Config, forward, llama
+from kvjax.models import forward, llama
 from kvjax.models.decoder import rms_norm
 from tests.compress.harness import CONFIG, base, go, model
 from tests.compress.reference import D, H, L, affine, turn
@@ -250,11 +250,8 @@ def test_what_makes_no_sense_is_refused(bad, said):
         cskv(**bad)
 
 
-def test_widths_are_checked_before_anything_is_compiled():
-    from kvjax.cache import init_cache
-
+def test_widths_that_do_not_suit_are_refused():
     with pytest.raises(ValueError, match=r"part is 0\.05: of 8 channels a head it leaves none"):
-        init_cache(CONFIG, cskv(key_density=0.05), 1, 16)
+        cskv(key_density=0.05).stages[0].codec.check(8)
     with pytest.raises(ValueError, match="width is 3: at 4 bits"):
-        wide = Config(50, 32, 48, 2, 4, 2, 8)
-        init_cache(wide, cskv(value_density=0.4, window=8, bits=4), 1, 16)
+        cskv(value_density=0.4, window=8, bits=4).stages[0].codec.check(8)

@@ -73,7 +73,7 @@ def trained(tiny, tmp_path_factory):
         f"--model={tiny}", f"--text={tiny}/text.txt", "--tokens=32", "--offset=500", "--steps=6",
         "--held_out=10", "--held_out_samples=2", "--samples=4", "--batch=2", "--report_every=2",
         "--evaluate_every=4", "--checkpoint_every=3", f"--methods={HALF}; {CODED}",
-        "--learning_rate=0.01",
+        "--learning_rate=0.03",
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(out), *arguments], capture_output=True, text=True,
