@@ -57,7 +57,7 @@ flags.DEFINE_float(
 flags.DEFINE_integer("seed", 0, "Of the order of sequences.")
 flags.DEFINE_integer("report_every", 10, "Steps between points of the curve.", lower_bound=1)
 flags.DEFINE_integer("evaluate_every", 50, "Steps between evaluations.", lower_bound=1)
-flags.DEFINE_integer("checkpoint_every", 25, "Steps between checkpoints.", lower_bound=1)
+flags.DEFINE_integer("checkpoint_every", 20, "Steps between checkpoints.", lower_bound=1)
 flags.DEFINE_string("calibration", "results/calibration", "Folder of the methods' folders.")
 flags.DEFINE_string("out", "results/train_cskv", "Folder of the run.")
 FLAGS = flags.FLAGS
@@ -85,6 +85,7 @@ class Job:
         for label, _ in methods:
             if how[label].program != PROGRAM:
                 raise ValueError(f"methods: {label}: expected cskv(factors='trained', ...)")
+        self.settings = settings
         self.codecs = {label: chain.stages[0].codec for label, chain in methods}
         length, count = settings["tokens"], settings["held_out_samples"]
         self.model, tokenizer = load(settings["model"])
