@@ -105,7 +105,10 @@ class Job:
         seen = statistics_of(self.model, few)
         self.constants = {
             label: factors_of(
-                self.model, seen, **how[label].arguments | {"factors": settings["start"]}
+                self.model,
+                seen,
+                called="trained",
+                **how[label].arguments | {"factors": settings["start"]},
             )
             for label in how
         }

@@ -61,12 +61,13 @@ class Calibration:
 
 def calibration(
     method: Callable[..., Any],
-    names: tuple[str, ...],
+    names: tuple[str, ...] | Callable[..., tuple[str, ...]],
     run: Callable[..., dict[str, Array]],
     program: Callable[..., str | None] = lambda **_: PROGRAM,
 ) -> Callable[..., Calibration]:
     """A function that takes the arguments of `method`, with its defaults and its errors, and gives
-    the calibration for them: `run(model, batches, **arguments)`, `program(**arguments)`."""
+    the calibration for them: `run(model, batches, **arguments)`, `program(**arguments)`, and the
+    names, or `names(**arguments)`."""
     signature = inspect.signature(method)
 
     def make(*args: Any, **kwargs: Any) -> Calibration:
@@ -74,7 +75,8 @@ def calibration(
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         how = given.arguments
-        return Calibration(names, functools.partial(run, **how), program(**how))
+        named = names(**how) if callable(names) else names
+        return Calibration(named, functools.partial(run, **how), program(**how))
 
     make.__module__ = run.__module__  # where it is kept, as of a function written there
     make.__name__ = make.__qualname__ = method.__name__

@@ -12,13 +12,13 @@ from jax import Array
 
 from kvjax.calibrate.base import calibration
 from kvjax.codecs.heads import join
-from kvjax.compress.cskv import KEYS, VALUES
 from kvjax.compress.cskv import cskv as method
+from kvjax.compress.cskv import names
 from kvjax.decode import positions_of
 from kvjax.models import forward
 from kvjax.models.decoder import rms_norm
 
-NAMES = tuple(f"{side}_{part}" for side in (KEYS, VALUES) for part in ("down", "up", "offset"))
+PARTS = ("down", "up", "offset")
 PROGRAM = "experiments.train_cskv"
 
 
@@ -61,6 +61,7 @@ def factors_of(
     value_density: float,
     factors: str,
     alpha: float = 0.5,
+    called: str | None = None,
     **_: Any,
 ) -> dict[str, Array]:
     """Factors by name: down [L, 1, 1, H D, H r], up [L, 1, 1, H r, H D], offset [L, 1, 1, H D].
@@ -69,14 +70,16 @@ def factors_of(
       seen: of `statistics_of`; None for "svd".
       key_density, value_density: as of `kvjax.compress.cskv`. factors: "svd", "asvd" or "pca".
       alpha: power of the mean magnitudes of the layer's input by which "asvd" weighs them.
+      called: the kind of factors that the names are to say; None: as found.
     """
     refuse(model, factors)
     config, layers = model.config, model.layers
-    found: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
-    for side, part, weight, bias in (
-        ("k", key_density, layers.k, layers.k_bias), ("v", value_density, layers.v, layers.v_bias),
-    ):  # fmt: skip
-        name = KEYS if side == "k" else VALUES
+    called = names(factors if called is None else called)
+    found: dict[str, list[np.ndarray]] = {f"{name}_{p}": [] for name in called for p in PARTS}
+    for side, name, part, weight, bias in (
+        ("k", called[0], key_density, layers.k, layers.k_bias),
+        ("v", called[1], value_density, layers.v, layers.v_bias),
+    ):
         rank = int(part * config.head_dim + 1e-9) * config.kv_heads
         for layer in range(len(weight[...])):
             w = np.asarray(weight[...][layer], np.float64).T
@@ -152,4 +155,8 @@ def _program(factors: str, **_: Any) -> str | None:
     return {"svd": None, "trained": PROGRAM}.get(factors, "experiments.calibrate")
 
 
-cskv = calibration(method, NAMES, constants_of, _program)
+def _names(factors: str, **_: Any) -> tuple[str, ...]:
+    return tuple(f"{name}_{part}" for name in names(factors) for part in PARTS)
+
+
+cskv = calibration(method, _names, constants_of, _program)

@@ -4,8 +4,12 @@ from kvjax.cache import Chain, Window, chain, store
 from kvjax.codecs import Codec, compose, per_kv, project_heads, quantize
 from kvjax.compress.common import bits_of
 
-KEYS, VALUES = "cskv_key", "cskv_value"
 FACTORS = ("svd", "asvd", "pca", "trained")
+
+
+def names(factors: str) -> tuple[str, str]:
+    """What the constants of keys and values are called: other factors, another cache."""
+    return f"cskv_{factors}_key", f"cskv_{factors}_value"
 
 
 def cskv(
@@ -30,12 +34,11 @@ def cskv(
 
     The paper writes c = h A from the layer's input h, A of the width of the model. Here A = W E
     with W the projection, so that c = h A = k E is a code of the key: it can stand wherever a codec
-    can, and needs no input of the layer. Nothing is lost by it: its SVD and its ASVD of W have this
-    form, and so has the best A of the training loss, since of two linear codes with the same best
-    guess of k from h A, the one that keeps to what k itself says errs less. Where paper and
-    released code differ further: a group's minimum is stored as it is (a zero point rounded and
-    clipped to the range of codes breaks groups of one sign); values at the ends of their group keep
-    their gradient.
+    can, and needs no input of the layer. Nothing is lost by it: SVD and ASVD of W have this form,
+    and so has the least of the training loss, since what h A holds beyond its best linear guess
+    from k is noise to k, which B could only add. Where paper and released code differ further: a
+    group's minimum is stored as it is (a zero point rounded and clipped to the range of codes
+    breaks groups of one sign); values at the ends of their group keep their gradient.
 
     Args:
       key_density, value_density: part of the channels that is stored, in (0, 1].
@@ -77,9 +80,10 @@ def cskv(
     coded: list[tuple[Codec, ...]] = [(), ()]
     if bits != 16:
         coded = [(quantize(bits, axis, window or None),), (quantize(bits),)]
+    keys, values = names(factors)
     pair = per_kv(
-        k=compose(project_heads(key_density, KEYS), *coded[0]),
-        v=compose(project_heads(value_density, VALUES), *coded[1]),
+        k=compose(project_heads(key_density, keys), *coded[0]),
+        v=compose(project_heads(value_density, values), *coded[1]),
     )
     held = Window(0)
     if window:

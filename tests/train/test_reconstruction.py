@@ -19,7 +19,10 @@ CONFIG = Config(50, 32, 48, 2, 4, 2, 8)
 SOURCE = TokenWindows(np.random.default_rng(0).integers(0, 50, 16 * 12), 16)
 OPTIMIZER = optax.adamw(optax.linear_schedule(3e-2, 0.0, 60), weight_decay=0.0)
 TRAINABLE = r"^constants.*_(down|up)$"
-METHODS = {"half": cskv(window=8), "coded": cskv(0.25, 0.5, window=8, bits=4)}
+METHODS = {
+    "half": cskv(window=8, factors="trained"),
+    "coded": cskv(0.25, 0.5, window=8, bits=4, factors="trained"),
+}
 CODECS = {name: chain.stages[0].codec for name, chain in METHODS.items()}
 LOSS = reconstruction(CODECS)
 STEP = train_step(LOSS, OPTIMIZER)
@@ -33,7 +36,9 @@ def whole(kind="asvd"):
     few = [jnp.asarray(SOURCE[i]["tokens"][None]) for i in range(12)]
     parts = {"half": (0.5, 0.5), "coded": (0.25, 0.5)}
     constants = {
-        name: constants_of(base, few, key_density=k, value_density=v, factors=kind)
+        name: constants_of(
+            base, few, key_density=k, value_density=v, factors=kind, called="trained"
+        )
         for name, (k, v) in parts.items()
     }
     return {"base": base, "constants": constants}
@@ -61,7 +66,7 @@ def test_the_loss_by_hand():
             x = np.asarray(getattr(kv.kv, side), np.float64)
             wide = np.moveaxis(x, 2, 3).reshape(2, 3, 16, 16)
             down, up = (
-                np.asarray(model["constants"][name][f"cskv_{word}_{n}"], np.float64)[:, 0]
+                np.asarray(model["constants"][name][f"cskv_trained_{word}_{n}"], np.float64)[:, 0]
                 for n in ("down", "up")
             )
             c = wide @ down
@@ -90,7 +95,7 @@ def test_what_one_layer_gets_wrong_reaches_no_other():
     model, batch = whole(), padded()
     before = slope_of(model, batch, KEY)[1]["constants"]
     constants = jax.tree.map(jnp.copy, model["constants"])
-    name = "cskv_key_down"
+    name = "cskv_trained_key_down"
     constants["half"][name] = constants["half"][name].at[0].mul(-3.0)
     after = slope_of({**model, "constants": constants}, batch, KEY)[1]["constants"]
     assert not np.allclose(after["half"][name][0], before["half"][name][0])
