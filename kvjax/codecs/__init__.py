@@ -2,6 +2,7 @@
 
 from kvjax.codecs.affine import Quantize, quantize
 from kvjax.codecs.base import Code, Codec, Constants
+from kvjax.codecs.bitmap import Sparse, sparse
 from kvjax.codecs.coarse import (
     Fourier,
     Signs,
@@ -70,6 +71,7 @@ __all__ = [
     "Rotate",
     "RotateHeads",
     "Signs",
+    "Sparse",
     "SplitChannels",
     "Ternary",
     "Transform",
@@ -98,6 +100,7 @@ __all__ = [
     "rotate",
     "rotate_heads",
     "signs",
+    "sparse",
     "split_channels",
     "ternary",
     "unpack",

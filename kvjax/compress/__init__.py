@@ -16,6 +16,7 @@ from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
 from kvjax.compress.kvquant import kvquant
 from kvjax.compress.mikv import mikv
+from kvjax.compress.mustafar import mustafar
 from kvjax.compress.parse import METHODS, parse
 from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
@@ -39,6 +40,7 @@ __all__ = [
     "knorm",
     "kvquant",
     "mikv",
+    "mustafar",
     "parse",
     "pyramidkv",
     "random_eviction",

@@ -19,6 +19,7 @@ from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
 from kvjax.compress.kvquant import kvquant
 from kvjax.compress.mikv import mikv
+from kvjax.compress.mustafar import mustafar
 from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
 from kvjax.compress.rotatekv import rotatekv
@@ -34,7 +35,7 @@ METHODS: dict[str, Callable[..., Chain]] = {
     for f in (
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
-        vidkv,
+        vidkv, mustafar,
     )
 }  # fmt: skip
 

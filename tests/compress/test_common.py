@@ -51,6 +51,7 @@ SETTINGS = {
     "rotatekv": "rotatekv(sinks=3)",
     "kvquant": "kvquant",
     "vidkv": "vidkv(group=8, residual=8)",
+    "mustafar": "mustafar(window=4)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, "
@@ -79,6 +80,9 @@ LIMITS = {
     "kvquant": "kvquant(bits=16)",
     "vidkv": "vidkv(key_bits=16, value_bits=16)",
     "vidkv, never full": "vidkv(group=8, residual=32)",
+    "mustafar": "mustafar(key_sparsity=0, value_sparsity=0, window=4)",
+    "mustafar, all entries large": "mustafar(key_sparsity=0.1, value_sparsity=0.2, window=4)",
+    "mustafar, all in the window": "mustafar(window=32)",
     "kvquant, all sinks": "kvquant(sinks=32)",
 }
 # Methods that have no budget keep every token; so does mikv, whose budget is of exact ones.
@@ -208,6 +212,8 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("rotatekv", 0.11, 0.13),  # 2.5 bits, and 20 of 544 tokens exactly
         ("vidkv(residual=32)", 0.07, 0.13),  # 2.2 bits, 31 of 544 tokens may wait exactly
         ("kvquant", 0.11, 0.13),  # 3.4 bits
+        ("mustafar", 0.39, 0.41),  # (21 x 32 + 64) / 64 bits = 0.36, 32 of 544 tokens exactly
+        ("mustafar(key_sparsity=0.5, value_sparsity=0.5)", 0.57, 0.59),  # 0.55
         ("snapkv(keep=0.25, storage=kivi(bits=2, residual=32))", 0.02, 0.1),
     ],
 )
