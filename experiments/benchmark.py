@@ -26,7 +26,8 @@ from absl import app, flags
 
 from experiments import common
 from kvjax import cache as kv
-from kvjax.compress import dense, kivi
+from kvjax.calibrate import find
+from kvjax.compress import dense, kivi, parse
 from kvjax.decode import generate, prefill
 from kvjax.models import Config, Model, forward, load, save_pretrained
 from kvjax.models.llama import flatten, parameters
@@ -35,7 +36,12 @@ flags.DEFINE_string("model", "smollm2-135m", "Name or path for kvjax.load.")
 flags.DEFINE_enum("peer", None, ["transformers"], "Run beside it (needs torch and transformers).")
 flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", lower_bound=1)
 flags.DEFINE_integer("tokens", 32, "Tokens decoded per run.", lower_bound=1)
-PARTS = ("decode", "capacity", "long", "kivi", "compile", "prefill")
+flags.DEFINE_string("methods", "", "Expressions, for decode speed beside dense in one run.")
+flags.DEFINE_list("held", ["2048", "8192"], "Tokens held when `methods` are measured.")
+flags.DEFINE_string(
+    "calibration", "results/calibration", "Folder of `experiments.calibrate`, for `methods`."
+)
+PARTS = ("decode", "capacity", "long", "kivi", "compile", "prefill", "methods")
 flags.DEFINE_list("only", [], f"Parts to run: {', '.join(PARTS)}; empty: all.")
 flags.DEFINE_string("out", "results/benchmark", "Folder for results.json.")
 FLAGS = flags.FLAGS
@@ -61,6 +67,7 @@ class Case:
     capacity: int
     batch: int = 1
     method: Any = None
+    constants: Any = None
 
     @property
     def chain(self) -> Any:
@@ -97,8 +104,9 @@ def weights_bytes(model: Model) -> int:
 def filled(model: Model, case: Case) -> tuple[jax.Array, Any]:
     """A cache of random keys and values: decode speed does not depend on what they are."""
     cache = kv.init_cache(
-        model.config, case.chain, case.batch, case.capacity, prompt=case.held, dtype=jnp.float32
-    )
+        model.config, case.chain, case.batch, case.capacity, prompt=case.held, dtype=jnp.float32,
+        constants=case.constants,
+    )  # fmt: skip
     config = model.config
     shape = (config.layers, case.batch, config.kv_heads, case.held, config.head_dim)
     pos = jnp.broadcast_to(jnp.arange(case.held), (case.batch, case.held))
@@ -244,11 +252,21 @@ def capacity_part(model: Model, bandwidth: Bandwidth, results: Any) -> None:
     results.put(row | {"speed_of_capacity_512": speed, "note": f"{speed:.2f} x capacity 512"})
 
 
-def long_part(model: Model, bandwidth: Bandwidth, results: Any, with_kivi: bool) -> None:
+def constants_of(model: Model, label: str, chain: Any) -> Any:
+    """What a calibrated method reads; ValueError, and how to make it, where there is none."""
+    names = chain.constants(model.config.head_dim)
+    return find(FLAGS.calibration, label, names, model) if names else None
+
+
+def long_part(
+    model: Model, bandwidth: Bandwidth, results: Any, held: int, methods: dict[str, Any]
+) -> None:
+    """Dense and methods (label -> chain) when `held` tokens are held at the end."""
     tokens = FLAGS.tokens
-    cases = [Case("dense, 8192 held", 8192 - tokens, 8192)]
-    if with_kivi:
-        cases.append(Case("kivi(bits=4), 8192 held", 8192 - tokens, 8192, method=kivi(bits=4)))
+    cases = [Case(f"dense, {held} held", held - tokens, held)]
+    for label, chain in methods.items():
+        given = constants_of(model, label, chain)
+        cases.append(Case(f"{label}, {held} held", held - tokens, held, 1, chain, given))
     runs = {c.name: decoder(model, c, tokens) for c in cases}
     seconds = interleaved(runs, FLAGS.rounds, bandwidth)
     for case in cases:
@@ -362,12 +380,21 @@ def main(argv: list[str]) -> None:
         "model": FLAGS.model, "peer": FLAGS.peer, "rounds": FLAGS.rounds, "tokens": FLAGS.tokens
     }  # fmt: skip
     try:
+        methods = dict(parse(FLAGS.methods)) if FLAGS.methods else {}
+        lengths = [int(n) for n in FLAGS.held]
+        if min(lengths, default=0) <= FLAGS.tokens:
+            raise ValueError(f"held={FLAGS.held}: expected more than tokens={FLAGS.tokens}")
         results = common.Results(FLAGS.out, settings, key="case")
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     except OSError as error:
         raise app.UsageError(f"out={FLAGS.out!r}: {error}") from None
     model, _ = load(FLAGS.model, tokenizer=False)
+    try:
+        for label, chain in methods.items():
+            constants_of(model, label, chain)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
     bandwidth = Bandwidth()
     peer = Peer(model) if FLAGS.peer else None
     with common.console.status("measuring"):
@@ -376,7 +403,10 @@ def main(argv: list[str]) -> None:
         if "capacity" in parts:
             capacity_part(model, bandwidth, results)
         if parts & {"long", "kivi"}:
-            long_part(model, bandwidth, results, "kivi" in parts)
+            four = {"kivi(bits=4)": kivi(bits=4)} if "kivi" in parts else {}
+            long_part(model, bandwidth, results, 8192, four)
+        for held in lengths if "methods" in parts and methods else ():
+            long_part(model, bandwidth, results, held, methods)
         if "prefill" in parts:
             prefill_part(model, peer, bandwidth, results)
         if "compile" in parts:

@@ -23,11 +23,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import common, report
 from experiments.common import setting, settings
-from experiments.exact import Exact, compressed, exact_prefill, join
+from experiments.exact import Exact, compressed, exact_prefill, join, with_salience
 from kvjax import cache as kv
 from kvjax import parallel
 from kvjax.calibrate import find
 from kvjax.compress import parse
+from kvjax.compress.vidkv import SALIENCE
 from kvjax.decode import extend, generate, positions_of, score
 from kvjax.evaluate import agreement, found, load_text, needles, samples
 from kvjax.models import forward, load
@@ -94,6 +95,7 @@ SETTINGS = (
 OTHERS = ("methods", "out", "compile_cache", "mesh", "calibration")
 SEGMENT = 32  # tokens per scoring call, also the unit of timing
 ANSWER = 8  # tokens decoded per needle
+QUESTION = 32  # last tokens of a prompt, which say what is salient to methods that ask for it
 
 
 class Job:
@@ -204,6 +206,8 @@ class Job:
 
     def _compressed(self, exact: Exact, chain: Any, room: int, timed: bool = False) -> Any:
         given = self.constants[chain]
+        if SALIENCE in chain.columns:
+            exact = with_salience(self.model, exact, QUESTION)
         return compressed(self.config, exact, chain, room, self.dtype, timed, self.layout, given)
 
     def run(self, label: str, chain: Any, progress: Any) -> dict[str, Any]:
@@ -259,7 +263,10 @@ class Job:
             question = self._rows([n.question for n in batch])
             asked = question.shape[1]
             if "aware" in hits:
-                both = dataclasses.replace(exact, new=whole, logits=logits, time=exact.time + asked)
+                both = dataclasses.replace(
+                    exact, new=whole, logits=logits, time=exact.time + asked,
+                    tokens=jnp.concatenate([exact.tokens, question], 1),
+                )  # fmt: skip
                 cache, _ = self._compressed(both, chain, ANSWER)
                 hits["aware"] += self._answers(cache, logits, batch)
             if "agnostic" in hits:

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax import cache as kv
+from kvjax.compress.vidkv import SALIENCE, salience
 from kvjax.decode import positions_of
 from kvjax.models import forward
+from kvjax.models.llama import flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Exact:
     Attributes:
       new: keys, values and statistics of all rows. logits: [B, V] of the last row.
       batch, time: its size. seconds: of the second run.
+      tokens: ids [B, T].
     """
 
     new: Any
@@ -30,6 +33,7 @@ class Exact:
     batch: int
     time: int
     seconds: float
+    tokens: Array
 
 
 @functools.partial(jax.jit, static_argnames="marks")
@@ -52,7 +56,18 @@ def exact_prefill(model: Any, tokens: Array, timed: bool, marks: tuple = ()) -> 
         start = time.perf_counter()
         logits, new = jax.block_until_ready(_forward(model, tokens, positions, marks))
         seconds = time.perf_counter() - start
-    return Exact(new, logits, *tokens.shape, seconds)
+    return Exact(new, logits, *tokens.shape, seconds, tokens)
+
+
+def with_salience(model: Any, exact: Exact, text: int) -> Exact:
+    """Its tokens with the column "salience" that VidKV reads: the last `text` of them are the
+    question, the others are what a video would be, each worth its likeness to the question."""
+    visual = jnp.broadcast_to(jnp.arange(exact.time) < exact.time - text, exact.tokens.shape)
+    worth = salience(flatten(model)["embed"][exact.tokens], visual)
+    rows = exact.new.kv
+    column = jnp.broadcast_to(worth[None, :, None], rows.k.shape[:4])
+    rows = dataclasses.replace(rows, extra={**rows.extra, SALIENCE.name: column})
+    return dataclasses.replace(exact, new=dataclasses.replace(exact.new, kv=rows))
 
 
 def compressed(

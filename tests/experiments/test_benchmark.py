@@ -35,6 +35,8 @@ whole = b.weights_bytes(model)
 decoded = b.decoder(model, case, 4)()
 results = common.Results(sys.argv[2], {"model": "tiny"}, key="case")
 b.compile_part(model, results)
+rate.measure = lambda: 10.0
+b.long_part(model, rate, results, 40, dict(b.parse("mustafar(window=8)")))
 print(json.dumps({
     "order": order, "seconds": seconds, "ratio": b.ratio(seconds, "slow", "fast"),
     "roofline": b.of_roofline(seconds, "fast", 10),
@@ -96,11 +98,23 @@ def test_compile_part(found):
         assert row and row["aliased"] > 0.99 and row["temporaries_mb"] > 0
 
 
-def test_refuses_parts_that_do_not_exist(tmp_path):
-    command = [sys.executable, "-m", "experiments.benchmark", "--only=decode,lng"]
-    run = subprocess.run(
-        [*command, f"--out={tmp_path}"], capture_output=True, text=True, check=False
-    )
+def test_methods_beside_dense(found):
+    rows = [found["rows"][f"{name}, 40 held"] for name in ("dense", "mustafar(window=8)")]
+    assert all(row["tokens_per_second"] > 0 and row["of_roofline"] > 0 for row in rows)
+    assert rows[1]["speed_of_dense"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--only=decode,lng", ("'lng'", "decode, capacity, long, kivi, compile, prefill, methods")),
+        ("--methods=snapvk", ("unknown method 'snapvk'", "snapkv")),
+        ("--held=2048,20", ("held=['2048', '20']", "more than tokens=32")),
+    ],
+)
+def test_refuses(argument, words, tmp_path):
+    command = [sys.executable, "-m", "experiments.benchmark", argument, f"--out={tmp_path}"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     said = run.stdout + run.stderr
     assert run.returncode == 1 and "Traceback" not in said
-    assert "'lng'" in said and "decode, capacity, long, kivi, compile, prefill" in said
+    assert all(word in said for word in words), said
