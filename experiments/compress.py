@@ -7,8 +7,6 @@ One exact prefill per prompt is computed, and what it returned is committed unde
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import time
 import traceback
 from typing import Any
@@ -23,15 +21,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import common, report
 from experiments.common import setting, settings
-from experiments.exact import Exact, compressed, exact_prefill, join, with_salience
+from experiments.exact import Exact, asked, compressed, exact_prefill, with_salience
 from kvjax import cache as kv
 from kvjax import parallel
 from kvjax.calibrate import find
 from kvjax.compress import parse
 from kvjax.compress.vidkv import SALIENCE
-from kvjax.decode import extend, generate, positions_of, score
-from kvjax.evaluate import agreement, found, load_text, needles, samples
-from kvjax.models import forward, load
+from kvjax.decode import extend, generate, positions_of, repeat_words, score
+from kvjax.evaluate import agreement, first_right, load_text, needles, samples
+from kvjax.models import load
 
 METHODS = (
     "dense; streaming_llm(keep=0.25); h2o(keep=0.25); tova(keep=0.25); snapkv(keep=0.25); "
@@ -114,6 +112,7 @@ class Job:
         where = None if layout is None else parallel.parameter_sharding(layout.mesh, layout.rules)
         self.model, self.tokenizer = load(settings["model"], dtype=self.dtype, sharding=where)
         self.config = self.model.config
+        self.words = repeat_words(self.tokenizer)
         self.constants = {}
         for label, chain in methods:
             names = chain.constants(self.config.head_dim)
@@ -143,12 +142,16 @@ class Job:
         )
         self.dense_cache: Any = None
         self.dense_logits: Array | None = None
-        self.needle_exact: list[tuple[Exact, Any, Array]] = []
+        self.needle_exact: list[tuple[Exact, Exact]] = []  # without the question, with it
         for batch in self.needles:
             tokens = self._rows([n.context for n in batch])
             exact = exact_prefill(self.model, tokens, timed=False, marks=self.marks)
             question = self._rows([n.question for n in batch])
-            self.needle_exact.append((exact, *self._question(exact, question)))
+            both = asked(
+                self.model, exact, question, positions_of(question) + exact.time, self.marks,
+                self.layout, self.dtype,
+            )  # fmt: skip
+            self.needle_exact.append((exact, both))
 
     def _rows(self, tokens: Any) -> Array:
         """Token ids [B, T] on the devices that hold these rows."""
@@ -189,26 +192,13 @@ class Job:
                 except ValueError as error:
                     raise ValueError(f"{label}, prompt of {prompt} tokens: {error}") from None
 
-    def _question(self, exact: Exact, question: Array) -> tuple[Any, Array]:
-        """The question's rows, computed exactly after the context: (new, logits [B, V])."""
-        cache = kv.init_cache(
-            self.config, kv.chain(kv.store()), exact.batch, exact.time + question.shape[1],
-            prompt=exact.time, dtype=self.dtype, layout=self.layout,
-        )  # fmt: skip
-        cache = kv.commit(cache, exact.new, phase="prefill")
-        positions = positions_of(question) + exact.time
-        logits, new = jax.jit(
-            functools.partial(
-                forward, logits="last", statistics=True, phase="append", marks=self.marks
-            )
-        )(self.model, question, positions, cache)
-        return join(exact.new, new), logits[:, 0]
-
     def _compressed(self, exact: Exact, chain: Any, room: int, timed: bool = False) -> Any:
         given = self.constants[chain]
         if SALIENCE in chain.columns:
             exact = with_salience(self.model, exact, QUESTION)
-        return compressed(self.config, exact, chain, room, self.dtype, timed, self.layout, given)
+        return compressed(
+            self.model, exact, chain, room, self.dtype, timed, self.layout, given, self.words
+        )
 
     def run(self, label: str, chain: Any, progress: Any) -> dict[str, Any]:
         """All figures of one method."""
@@ -259,18 +249,13 @@ class Job:
 
     def needle_test(self, chain: Any) -> dict[str, Any]:
         hits: dict[str, list[bool]] = {mode: [] for mode in self.settings["needle_modes"]}
-        for batch, (exact, whole, logits) in zip(self.needles, self.needle_exact):
+        for batch, (exact, both) in zip(self.needles, self.needle_exact):
             question = self._rows([n.question for n in batch])
-            asked = question.shape[1]
             if "aware" in hits:
-                both = dataclasses.replace(
-                    exact, new=whole, logits=logits, time=exact.time + asked,
-                    tokens=jnp.concatenate([exact.tokens, question], 1),
-                )  # fmt: skip
                 cache, _ = self._compressed(both, chain, ANSWER)
-                hits["aware"] += self._answers(cache, logits, batch)
+                hits["aware"] += self._answers(cache, both.logits, batch)
             if "agnostic" in hits:
-                cache, _ = self._compressed(exact, chain, asked + ANSWER)
+                cache, _ = self._compressed(exact, chain, question.shape[1] + ANSWER)
                 positions = positions_of(question) + exact.time
                 after, cache = extend(self.model, cache, question, positions, phase="append")
                 hits["agnostic"] += self._answers(cache, after, batch)
@@ -280,7 +265,7 @@ class Job:
     def _answers(self, cache: Any, logits: Array, batch: Any) -> list[bool]:
         out = generate(self.model, cache, logits, ANSWER, stop=(), donate=True)
         texts = self.tokenizer.decode_batch(parallel.fetch(out.tokens))
-        return [found(needle.answer, text) for needle, text in zip(batch, texts)]
+        return [first_right(needle, text) for needle, text in zip(batch, texts)]
 
     def speed(self, own: Any) -> dict[str, Any]:
         """Decode speed from a cache, rounds of this method and of dense by turns."""

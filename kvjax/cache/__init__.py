@@ -6,7 +6,7 @@ each keeping some tokens and passing the rest on. Codecs (`kvjax.codecs`): how a
 
 from kvjax.cache.attention import attend_new, attend_slots, received
 from kvjax.cache.axes import logical_axes
-from kvjax.cache.budgets import Budget, adaptive, pyramid, uniform
+from kvjax.cache.budgets import Budget, adaptive, overall, pyramid, uniform
 from kvjax.cache.buffer import compact, take
 from kvjax.cache.cache import (
     Cache,
@@ -31,6 +31,7 @@ from kvjax.cache.heavy import Absorb, Growth, growth, heavy, nearest
 from kvjax.cache.prune import prune
 from kvjax.cache.readers import Reader, best_pages
 from kvjax.cache.recurrent import Recurrence, previous
+from kvjax.cache.replay import replayed, replayed_attention
 from kvjax.cache.ring import Window
 from kvjax.cache.scores import (
     Score,
@@ -44,7 +45,7 @@ from kvjax.cache.scores import (
     window_attention,
 )
 from kvjax.cache.share import Share, share
-from kvjax.cache.stage import Carried, Column, Commit, InputMark, Mark, Stage, Statistic
+from kvjax.cache.stage import Carried, Column, Commit, InputMark, Mark, Replay, Stage, Statistic
 from kvjax.cache.stages import by_position, first, prefix, recent
 from kvjax.cache.store import Store, store
 from kvjax.cache.types import (
@@ -84,6 +85,7 @@ __all__ = [
     "Query",
     "Reader",
     "Recurrence",
+    "Replay",
     "Rope",
     "Score",
     "Share",
@@ -120,6 +122,7 @@ __all__ = [
     "nbytes",
     "nearest",
     "newest_attention",
+    "overall",
     "partial_attention",
     "prefix",
     "previous",
@@ -129,6 +132,8 @@ __all__ = [
     "received",
     "recency",
     "recent",
+    "replayed",
+    "replayed_attention",
     "rope_of",
     "rotate",
     "share",

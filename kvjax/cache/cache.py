@@ -15,7 +15,7 @@ from kvjax.cache import buffer
 from kvjax.cache.chain import Chain, chain
 from kvjax.cache.kernels import Kernels, check_kernels
 from kvjax.cache.recurrent import Recurrence
-from kvjax.cache.stage import FOREVER, Commit, InputMark, Stage
+from kvjax.cache.stage import FOREVER, Commit, InputMark, Replay, Stage
 from kvjax.cache.types import (
     KV,
     PHASES,
@@ -70,6 +70,11 @@ class Cache:
         """Columns that `forward` must make from what each layer reads."""
         found = (mark for n in self.chains for mark in self.transforms[n].input_marks)
         return tuple(dict.fromkeys(found))
+
+    @property
+    def replays(self) -> tuple[Replay, ...]:
+        """Columns for which a prompt is read again before `finish`; see `kvjax.cache.replay`."""
+        return tuple(dict.fromkeys(c for n in self.chains for c in self.transforms[n].replays))
 
     @property
     def streaming(self) -> bool:

@@ -15,6 +15,7 @@ from kvjax.compress.keydiff import keydiff
 from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
 from kvjax.compress.kvquant import kvquant
+from kvjax.compress.kvzip import kvzip
 from kvjax.compress.mikv import mikv
 from kvjax.compress.mustafar import mustafar
 from kvjax.compress.parse import METHODS, parse
@@ -39,6 +40,7 @@ __all__ = [
     "kivi",
     "knorm",
     "kvquant",
+    "kvzip",
     "mikv",
     "mustafar",
     "parse",

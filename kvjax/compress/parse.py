@@ -18,6 +18,7 @@ from kvjax.compress.keydiff import keydiff
 from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
 from kvjax.compress.kvquant import kvquant
+from kvjax.compress.kvzip import kvzip
 from kvjax.compress.mikv import mikv
 from kvjax.compress.mustafar import mustafar
 from kvjax.compress.pyramidkv import pyramidkv
@@ -35,7 +36,7 @@ METHODS: dict[str, Callable[..., Chain]] = {
     for f in (
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
-        vidkv, mustafar,
+        vidkv, mustafar, kvzip,
     )
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import numpy as np
 from kvjax.cache import commit, finish, init_cache
 from kvjax.codecs import AcrossHeads, PerKV
 from kvjax.compress import parse
+from kvjax.decode import replay
 from kvjax.models import llama
 from kvjax.models.config import Config
 from kvjax.models.decoder import forward
@@ -61,7 +62,8 @@ def run(model, cache, x, pos, tail, tail_pos):
     """Prompt, finish, then one token after the other: logits [B, 1 + STEPS, V] and the cache."""
     TRACES.append("run")
     first, new = forward(model, None, pos, cache, phase="prefill", embeddings=x, logits="last")
-    cache = finish(commit(cache, new, phase="prefill"))
+    cache = commit(cache, new, phase="prefill")
+    cache = finish(replay(model, cache, None, pos, embeddings=x) if cache.replays else cache)
 
     def step(cache, xs):
         x, pos = xs

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from kvjax.cache import finish, init_cache, nbytes
+from kvjax.cache import apart, finish, init_cache, nbytes
 from kvjax.compress import METHODS, parse
 from tests.compress.harness import (
     CONFIG,
@@ -52,6 +52,8 @@ SETTINGS = {
     "kvquant": "kvquant",
     "vidkv": "vidkv(group=8, residual=8)",
     "mustafar": "mustafar(window=4)",
+    "kvzip": "kvzip(keep=0.5, chunk=10, hint=3, sinks=2)",
+    "kvzip, all heads alike": "kvzip(keep=0.5, chunk=24, sinks=2, uniform=True)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, "
@@ -84,6 +86,7 @@ LIMITS = {
     "mustafar, all entries large": "mustafar(key_sparsity=0.1, value_sparsity=0.2, window=4)",
     "mustafar, all in the window": "mustafar(window=32)",
     "kvquant, all sinks": "kvquant(sinks=32)",
+    "kvzip": "kvzip(keep=1.0, chunk=10, sinks=2)",
 }
 # Methods that have no budget keep every token; so does mikv, whose budget is of exact ones.
 EVERYTHING = {n for n, f in METHODS.items() if "keep" not in inspect.signature(f).parameters}
@@ -173,6 +176,13 @@ def test_slots_are_distinct_with_true_positions(name):
     assert (size == everything) == (name in EVERYTHING)
 
 
+@every
+def test_no_array_stands_twice(name):
+    """A fresh cache can be donated: XLA refuses the same buffer twice."""
+    leaves = [x for x in jax.tree.leaves(apart(cache_of(SETTINGS[name]))[0]) if x.size]
+    assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
+
+
 # --- memory: shapes alone say it, so nothing is compiled ---
 
 
@@ -197,6 +207,8 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("snapkv(keep=0.25)", 0.29, 0.31),
         ("pyramidkv(keep=0.25)", 0.29, 0.36),  # a page and its fraction more per head
         ("adakv(keep=0.25)", 0.29, 0.36),
+        ("kvzip(keep=0.25)", 0.29, 0.36),
+        ("kvzip(keep=0.25, uniform=True)", 0.29, 0.31),
         ("expected_attention(keep=0.25)", 0.29, 0.31),
         ("keydiff(keep=0.25)", 0.29, 0.31),
         ("knorm(keep=0.25)", 0.29, 0.31),

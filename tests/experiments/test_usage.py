@@ -25,7 +25,6 @@ def no_forward(monkeypatch):
 
     monkeypatch.setattr(exact, "_forward", compiled)
     monkeypatch.setattr(exact, "forward", compiled)
-    monkeypatch.setattr(compress, "forward", compiled)
     monkeypatch.setattr(exact, "_commit", compiled)
 
 
