@@ -53,6 +53,8 @@ COLUMNS = {
     "milliseconds": "ms|.2f",
     "tokens_per_second": "tok/s|.1f",
     "of_roofline": "of roofline|.0%",
+    "bytes_per_token": "bytes/token|,.0f",
+    "bits_per_value": "bits/value|.2f",
     "ratio_to_peer": "vs transformers|.2f",
     "note": "note",
 }
@@ -67,7 +69,7 @@ class Case:
     capacity: int
     batch: int = 1
     method: Any = None
-    constants: Any = None
+    constants: Any = None  # that the method reads
 
     @property
     def chain(self) -> Any:
@@ -252,6 +254,14 @@ def capacity_part(model: Model, bandwidth: Bandwidth, results: Any) -> None:
     results.put(row | {"speed_of_capacity_512": speed, "note": f"{speed:.2f} x capacity 512"})
 
 
+def size(model: Model, case: Case) -> dict[str, float]:
+    """Bytes allocated per token of the capacity, and per value that dense would hold of it."""
+    each = kv.nbytes(filled(model, case)[1]) / case.capacity / case.batch
+    config = model.config
+    values = 2 * config.layers * config.kv_heads * config.head_dim
+    return {"bytes_per_token": each, "bits_per_value": 8 * each / values}
+
+
 def constants_of(model: Model, label: str, chain: Any) -> Any:
     """What a calibrated method reads; ValueError, and how to make it, where there is none."""
     names = chain.constants(model.config.head_dim)
@@ -267,10 +277,16 @@ def long_part(
     for label, chain in methods.items():
         given = constants_of(model, label, chain)
         cases.append(Case(f"{label}, {held} held", held - tokens, held, 1, chain, given))
-    runs = {c.name: decoder(model, c, tokens) for c in cases}
+    runs, sizes = {}, {}
+    for case in cases:
+        try:
+            sizes[case.name], runs[case.name] = size(model, case), decoder(model, case, tokens)
+        except ValueError as wrong:  # needs more of a prompt than random keys and values
+            common.console.print(f"left out: {case.name}: {wrong}", highlight=False)
+    cases = [case for case in cases if case.name in runs]
     seconds = interleaved(runs, FLAGS.rounds, bandwidth)
     for case in cases:
-        row = timing(case.name, seconds[case.name], 1)
+        row = timing(case.name, seconds[case.name], 1) | sizes[case.name]
         row["of_roofline"] = of_roofline(seconds, case.name, read_bytes(model, case, tokens))
         if case.method is not None:
             row["speed_of_dense"] = ratio(seconds, cases[0].name, case.name)

@@ -113,10 +113,11 @@ class Job:
         self.model, self.tokenizer = load(settings["model"], dtype=self.dtype, sharding=where)
         self.config = self.model.config
         self.words = repeat_words(self.tokenizer)
-        self.constants = {}
+        self.constants = {}  # by label: equal chains may have been calibrated differently
+        self.given: Any = None  # those of the method that is running
         for label, chain in methods:
             names = chain.constants(self.config.head_dim)
-            self.constants[chain] = find(calibration, label, names, self.model) if names else None
+            self.constants[label] = find(calibration, label, names, self.model) if names else None
         self.marks = tuple(dict.fromkeys(m for _, c in methods for m in c.input_marks))
         text = load_text(settings["text"])
         context, more = settings["context"], settings["continuation"]
@@ -176,33 +177,36 @@ class Job:
             if "agnostic" in settings["needle_modes"]:
                 sizes.append((len(batch), length, asked + ANSWER))
         for label, chain in methods:
+            given = self.constants[label]
             for batch, prompt, more in sizes:
                 try:
                     jax.eval_shape(
-                        lambda chain=chain, batch=batch, prompt=prompt, more=more: kv.init_cache(
-                            self.config,
-                            chain,
-                            batch,
-                            prompt + more,
-                            prompt=prompt,
-                            layout=self.layout,
-                            constants=self.constants[chain],
+                        lambda chain=chain, given=given, batch=batch, prompt=prompt, more=more: (
+                            kv.init_cache(
+                                self.config,
+                                chain,
+                                batch,
+                                prompt + more,
+                                prompt=prompt,
+                                layout=self.layout,
+                                constants=given,
+                            )
                         )
                     )
                 except ValueError as error:
                     raise ValueError(f"{label}, prompt of {prompt} tokens: {error}") from None
 
     def _compressed(self, exact: Exact, chain: Any, room: int, timed: bool = False) -> Any:
-        given = self.constants[chain]
         if SALIENCE in chain.columns:
             exact = with_salience(self.model, exact, QUESTION)
         return compressed(
-            self.model, exact, chain, room, self.dtype, timed, self.layout, given, self.words
+            self.model, exact, chain, room, self.dtype, timed, self.layout, self.given, self.words
         )
 
     def run(self, label: str, chain: Any, progress: Any) -> dict[str, Any]:
         """All figures of one method."""
         row: dict[str, Any] = {"method": label}
+        self.given = self.constants[label]
         figures, cache = self.quality(chain, label == "dense")
         row |= figures
         progress()

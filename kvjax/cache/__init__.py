@@ -6,6 +6,7 @@ each keeping some tokens and passing the rest on. Codecs (`kvjax.codecs`): how a
 
 from kvjax.cache.attention import attend_new, attend_slots, received
 from kvjax.cache.axes import logical_axes
+from kvjax.cache.bases import LayerBases, layer_bases
 from kvjax.cache.budgets import Budget, adaptive, overall, pyramid, uniform
 from kvjax.cache.buffer import compact, take
 from kvjax.cache.cache import (
@@ -76,6 +77,7 @@ __all__ = [
     "Fit",
     "Growth",
     "InputMark",
+    "LayerBases",
     "Mark",
     "New",
     "Observation",
@@ -115,6 +117,7 @@ __all__ = [
     "init_cache",
     "key_difference",
     "key_norm",
+    "layer_bases",
     "logical_axes",
     "marked",
     "merge",

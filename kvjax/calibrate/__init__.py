@@ -14,9 +14,12 @@
 from collections.abc import Callable
 
 from kvjax.calibrate.base import Calibration, complete, find, folder_of, load, save
+from kvjax.calibrate.compress_kv_heads import compress_kv_heads
 from kvjax.calibrate.kvquant import kvquant
 from kvjax.calibrate.rotatekv import rotatekv
 
-CALIBRATIONS: dict[str, Callable[..., Calibration]] = {f.__name__: f for f in (kvquant, rotatekv)}
+CALIBRATIONS: dict[str, Callable[..., Calibration]] = {
+    f.__name__: f for f in (kvquant, rotatekv, compress_kv_heads)
+}
 
 __all__ = ["CALIBRATIONS", "Calibration", "complete", "find", "folder_of", "load", "save"]

@@ -25,10 +25,12 @@ from kvjax.codecs.combine import (
 from kvjax.codecs.dense import Dense, dense
 from kvjax.codecs.heads import (
     AcrossHeads,
+    MergeHeads,
     PermuteHeads,
     RotateHeads,
     across_heads,
     joins_heads,
+    merge_heads,
     permute_heads,
     rotate_heads,
 )
@@ -61,6 +63,7 @@ __all__ = [
     "Fourier",
     "Levels",
     "LowRank",
+    "MergeHeads",
     "Normalize",
     "Outliers",
     "PerKV",
@@ -88,6 +91,7 @@ __all__ = [
     "joins_heads",
     "levels",
     "low_rank",
+    "merge_heads",
     "normalize",
     "outliers",
     "pack",

@@ -7,6 +7,7 @@ Every function returns a chain, runs without arguments, and is known to `parse` 
 """
 
 from kvjax.compress.adakv import adakv
+from kvjax.compress.compress_kv_heads import compress_kv_heads
 from kvjax.compress.dense import dense
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
@@ -28,10 +29,12 @@ from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
 from kvjax.compress.turboquant import turboquant
 from kvjax.compress.vidkv import vidkv
+from kvjax.compress.xkv import xkv
 
 __all__ = [
     "METHODS",
     "adakv",
+    "compress_kv_heads",
     "dense",
     "expected_attention",
     "gear",
@@ -53,4 +56,5 @@ __all__ = [
     "tova",
     "turboquant",
     "vidkv",
+    "xkv",
 ]

@@ -54,6 +54,9 @@ SETTINGS = {
     "mustafar": "mustafar(window=4)",
     "kvzip": "kvzip(keep=0.5, chunk=10, hint=3, sinks=2)",
     "kvzip, all heads alike": "kvzip(keep=0.5, chunk=24, sinks=2, uniform=True)",
+    "xkv": "xkv(group=2, key_rank=9, value_rank=14)",
+    "xkv, selective": "xkv(key_rank=9, value_rank=14, budget=4, chunk=2, local=1, outliers=1)",
+    "compress_kv_heads": "compress_kv_heads(sinks=2)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, "
@@ -87,10 +90,16 @@ LIMITS = {
     "mustafar, all in the window": "mustafar(window=32)",
     "kvquant, all sinks": "kvquant(sinks=32)",
     "kvzip": "kvzip(keep=1.0, chunk=10, sinks=2)",
+    "xkv": "xkv(key_rank=1.0, value_rank=1.0)",
+    "xkv, selective": "xkv(key_rank=1.0, value_rank=1.0, budget=24, outliers=1)",
+    "compress_kv_heads": "compress_kv_heads(keep=1.0)",
+    "compress_kv_heads, before": "compress_kv_heads(keep=1.0, rope='before')",
+    "xkv, all of it local": "xkv(key_rank=1, value_rank=1, budget=8, local=3)",
 }
-# Methods that have no budget keep every token; so does mikv, whose budget is of exact ones.
+# Methods that have no budget keep every token; so does mikv, whose budget is of exact ones, and
+# compress_kv_heads, whose budget is of heads.
 EVERYTHING = {n for n, f in METHODS.items() if "keep" not in inspect.signature(f).parameters}
-EVERYTHING |= {"mikv", "mikv, growing"}
+EVERYTHING |= {"mikv", "mikv, growing", "xkv, selective", "compress_kv_heads"}
 EXACT = 2e-5  # of logits of size about 3: float32 sums in another order
 # Sums in another order may move a float16 scale by its rounding, or at a tie a code by a step. What
 # the cases look for (a wrong row, a felt NaN) moves logits by 0.5 and more.
@@ -226,6 +235,11 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("kvquant", 0.11, 0.13),  # 3.4 bits
         ("mustafar", 0.39, 0.41),  # (21 x 32 + 64) / 64 bits = 0.36, 32 of 544 tokens exactly
         ("mustafar(key_sparsity=0.5, value_sparsity=0.5)", 0.57, 0.59),  # 0.55
+        # half of the channels, and projections as large as 32 of these few tokens
+        ("compress_kv_heads", 0.55, 0.57),
+        ("compress_kv_heads(keep=0.25)", 0.27, 0.29),
+        # a rank per token and group, the maps of 512 ranks, and 32 exact tokens
+        ("xkv", 0.27, 0.29),
         ("snapkv(keep=0.25, storage=kivi(bits=2, residual=32))", 0.02, 0.1),
     ],
 )
@@ -233,7 +247,9 @@ def test_bytes_are_as_promised(text, least, most):
     assert least < bytes_of(text) / bytes_of("dense") < most
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - EVERYTHING | {"mikv"}))
+@pytest.mark.parametrize(
+    "name", sorted(METHODS.keys() - EVERYTHING | {"mikv", "compress_kv_heads"})
+)
 def test_bytes_fall_with_the_budget(name):
     sizes = [bytes_of(f"{name}(keep={keep})") for keep in (0.75, 0.5, 0.25)]
     assert sizes == sorted(set(sizes), reverse=True)

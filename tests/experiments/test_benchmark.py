@@ -36,7 +36,7 @@ decoded = b.decoder(model, case, 4)()
 results = common.Results(sys.argv[2], {"model": "tiny"}, key="case")
 b.compile_part(model, results)
 rate.measure = lambda: 10.0
-b.long_part(model, rate, results, 40, dict(b.parse("mustafar(window=8)")))
+b.long_part(model, rate, results, 40, dict(b.parse(sys.argv[3])))
 print(json.dumps({
     "order": order, "seconds": seconds, "ratio": b.ratio(seconds, "slow", "fast"),
     "roofline": b.of_roofline(seconds, "fast", 10),
@@ -53,8 +53,9 @@ print(json.dumps({
 def found(tiny, tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("benchmark")
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    methods = "mustafar(window=8); rotatekv(reorder=False)"
     run = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, str(tiny), str(out)],
+        [sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, str(tiny), str(out), methods],
         capture_output=True, text=True, check=False,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
     )  # fmt: skip
@@ -102,6 +103,10 @@ def test_methods_beside_dense(found):
     rows = [found["rows"][f"{name}, 40 held"] for name in ("dense", "mustafar(window=8)")]
     assert all(row["tokens_per_second"] > 0 and row["of_roofline"] > 0 for row in rows)
     assert rows[1]["speed_of_dense"] > 0
+    assert rows[1]["bytes_per_token"] < rows[0]["bytes_per_token"]
+    assert rows[0]["bits_per_value"] == pytest.approx(32, rel=0.2)
+    # Needs more of a prompt than random keys and values.
+    assert not any(name.startswith("rotatekv") for name in found["rows"])
 
 
 @pytest.mark.parametrize(
