@@ -45,7 +45,7 @@ def test_low_rank(tiny, tmp_path):
     assert 0 < free < bound < 1
     # A quarter of two heads is half a head: no mean, nothing that commutes.
     assert {r["fit"] for r in rows if r.get("keep") == 0.25} == {"activations", "weights"}
-    assert {r["rope"] for r in rows if r.get("keep") == 0.25} == {"after"}
+    assert {r["rope"] for r in rows if r.get("keep") == 0.25} == {"before", "after"}
 
 
 CALIBRATED = """
