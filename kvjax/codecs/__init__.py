@@ -25,12 +25,10 @@ from kvjax.codecs.combine import (
 from kvjax.codecs.dense import Dense, dense
 from kvjax.codecs.heads import (
     AcrossHeads,
-    MergeHeads,
     PermuteHeads,
     RotateHeads,
     across_heads,
     joins_heads,
-    merge_heads,
     permute_heads,
     rotate_heads,
 )
@@ -38,6 +36,7 @@ from kvjax.codecs.levels import Levels, Normalize, levels, normalize
 from kvjax.codecs.lowrank import LowRank, low_rank
 from kvjax.codecs.packing import pack, quantum, unpack
 from kvjax.codecs.pair import PerKV, as_pair, per_kv
+from kvjax.codecs.projections import MergeHeads, ProjectHeads, merge_heads, project_heads
 from kvjax.codecs.sparse import Outliers, outliers
 from kvjax.codecs.transform import (
     Balance,
@@ -68,6 +67,7 @@ __all__ = [
     "Outliers",
     "PerKV",
     "PermuteHeads",
+    "ProjectHeads",
     "Projection",
     "Quantize",
     "Residual",
@@ -97,6 +97,7 @@ __all__ = [
     "pack",
     "per_kv",
     "permute_heads",
+    "project_heads",
     "projection",
     "quantize",
     "quantum",

@@ -8,6 +8,7 @@ Every function returns a chain, runs without arguments, and is known to `parse` 
 
 from kvjax.compress.adakv import adakv
 from kvjax.compress.compress_kv_heads import compress_kv_heads
+from kvjax.compress.cskv import cskv
 from kvjax.compress.dense import dense
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
@@ -35,6 +36,7 @@ __all__ = [
     "METHODS",
     "adakv",
     "compress_kv_heads",
+    "cskv",
     "dense",
     "expected_attention",
     "gear",

@@ -11,6 +11,7 @@ from typing import Any
 from kvjax.cache import Chain
 from kvjax.compress.adakv import adakv
 from kvjax.compress.compress_kv_heads import compress_kv_heads
+from kvjax.compress.cskv import cskv
 from kvjax.compress.dense import dense
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
@@ -38,7 +39,7 @@ METHODS: dict[str, Callable[..., Chain]] = {
     for f in (
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
-        vidkv, mustafar, kvzip, xkv, compress_kv_heads,
+        vidkv, mustafar, kvzip, xkv, compress_kv_heads, cskv,
     )
 }  # fmt: skip
 

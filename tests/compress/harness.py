@@ -121,6 +121,10 @@ def plain_constants(chain, config) -> dict:
                     x = jnp.asarray(np.tile(x, (heads // group, 1, 1))[None], jnp.float32)
                 elif "order" in name:
                     x = jnp.arange(heads * width, dtype=jnp.int32)[::-1].reshape(1, heads, width)
+                elif name.endswith(("_down", "_up")):
+                    x = jnp.eye(*(heads * n for n in spec.shape))[None, None]
+                elif name.endswith("_offset"):
+                    x = jnp.zeros((1, 1, heads * width))
                 elif name.endswith(("_centre", "_range")):
                     x = jnp.full((1, 1, *spec.shape), float("range" in name))
                 elif name == "balance":

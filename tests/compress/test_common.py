@@ -57,6 +57,8 @@ SETTINGS = {
     "xkv": "xkv(group=2, key_rank=9, value_rank=14)",
     "xkv, selective": "xkv(key_rank=9, value_rank=14, budget=4, chunk=2, local=1, outliers=1)",
     "compress_kv_heads": "compress_kv_heads(sinks=2)",
+    "cskv": "cskv(window=6)",
+    "cskv 4 bits": "cskv(window=8, sliding=False, bits=4)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, "
@@ -88,6 +90,9 @@ LIMITS = {
     "mustafar": "mustafar(key_sparsity=0, value_sparsity=0, window=4)",
     "mustafar, all entries large": "mustafar(key_sparsity=0.1, value_sparsity=0.2, window=4)",
     "mustafar, all in the window": "mustafar(window=32)",
+    "cskv": "cskv(key_density=1.0, value_density=1.0, window=4)",
+    "cskv, no window": "cskv(key_density=1.0, value_density=1.0, window=0)",
+    "cskv, never full": "cskv(bits=4)",
     "kvquant, all sinks": "kvquant(sinks=32)",
     "kvzip": "kvzip(keep=1.0, chunk=10, sinks=2)",
     "xkv": "xkv(key_rank=1.0, value_rank=1.0)",
@@ -240,6 +245,9 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("compress_kv_heads(keep=0.25)", 0.27, 0.29),
         # a rank per token and group, the maps of 512 ranks, and 32 exact tokens
         ("xkv", 0.27, 0.29),
+        # Half; 32 of 544 tokens exactly, and 2 x 2 matrices of 128 x 64 each layer.
+        ("cskv", 0.60, 0.64),
+        ("cskv(bits=4)", 0.24, 0.28),  # 2.5 bits; up to 63 tokens may wait exactly
         ("snapkv(keep=0.25, storage=kivi(bits=2, residual=32))", 0.02, 0.1),
     ],
 )
