@@ -48,7 +48,7 @@ flags.DEFINE_integer("held_out", 1000, "First token of the sequences held out.",
 flags.DEFINE_integer("held_out_samples", 3, "How many sequences are held out.", lower_bound=1)
 flags.DEFINE_integer("tokens", 512, "Tokens per sequence.", lower_bound=8)
 flags.DEFINE_integer("batch", 1, "Sequences per step.", lower_bound=1)
-flags.DEFINE_integer("steps", 300, "Training steps.", lower_bound=1)
+flags.DEFINE_integer("steps", 200, "Training steps.", lower_bound=1)
 flags.DEFINE_float(
     "learning_rate", 0.03,
     "Of Adam in the first step, in units of each factor's root mean square; falls linearly to 0.",
