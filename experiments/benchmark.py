@@ -401,10 +401,8 @@ def main(argv: list[str]) -> None:
         if min(lengths, default=0) <= FLAGS.tokens:
             raise ValueError(f"held={FLAGS.held}: expected more than tokens={FLAGS.tokens}")
         results = common.Results(FLAGS.out, settings, key="case")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from None
-    except OSError as error:
-        raise app.UsageError(f"out={FLAGS.out!r}: {error}") from None
     model, _ = load(FLAGS.model, tokenizer=False)
     try:
         for label, chain in methods.items():

@@ -331,10 +331,8 @@ def main(argv: list[str]) -> None:
         layout = parallel.Layout(parallel.make_mesh(mesh)) if mesh else None
         calibration = setting(FLAGS, "calibration")
         results = common.Results(out, settings)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from None
-    except OSError as error:
-        raise app.UsageError(f"out={out!r}: {error}") from None
     if keep_compiled:
         common.compile_cache()
     order = [label for label, _ in methods]

@@ -75,10 +75,8 @@ def main(argv: list[str]) -> None:
         methods = list(dict([*parse("dense"), *parse(setting(FLAGS, "methods"))]).items())
         out, calibration = setting(FLAGS, "out"), setting(FLAGS, "calibration")
         results = common.Results(out, chosen, key="row")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from None
-    except OSError as error:
-        raise app.UsageError(f"out={out!r}: {error}") from None
     if setting(FLAGS, "compile_cache"):
         common.compile_cache()
     name_of = lambda task, method: f"{task}: {method}"  # noqa: E731

@@ -36,8 +36,8 @@ def check_heads(pair: PerKV, spec: Spec) -> None:
     """Raises ValueError where a codec takes several heads together that hold different tokens."""
     if (spec.per_head or spec.totals is not None) and joins_heads(pair):
         raise ValueError(
-            f"store(codec={pair}) codes several heads together, but what comes here are other "
-            "tokens for each head"
+            "store(codec=...): its codec codes several heads together, but what comes here are "
+            f"other tokens for each head; expected a codec of single heads, got {pair}"
         )
 
 

@@ -17,6 +17,8 @@ from kvjax.codecs.base import Codec
 from kvjax.codecs.combine import Part
 from kvjax.codecs.transform import Transform, _constant, hadamard, has_hadamard, multiply
 
+INNER = ("codec", "rest", "parts", "k", "v")  # where codecs hold other codecs
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["code"], meta_fields=["heads"])
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +210,24 @@ def permute_heads(name: str = "order") -> PermuteHeads:
 
 def joins_heads(codec: Any) -> bool:
     """Whether a codec codes several heads together."""
-    parts = [getattr(codec, name, ()) for name in ("codec", "rest", "parts", "k", "v")]
+    parts = [getattr(codec, name, ()) for name in INNER]
     inner = [p for part in parts for p in (part if isinstance(part, tuple) else (part,))]
     return getattr(codec, "joins_heads", False) or any(map(joins_heads, inner))
+
+
+def apart(codec: Any) -> Any:
+    """The codec (or pair) with `across_heads` taken off: every head is coded by itself.
+
+    >>> from kvjax.codecs import quantize
+    >>> apart(across_heads(quantize(4))) == quantize(4)
+    True
+    """
+    if isinstance(codec, AcrossHeads):
+        return apart(codec.codec)
+    changes = {}
+    for name in INNER:
+        inner = getattr(codec, name, ())
+        other = tuple(map(apart, inner)) if isinstance(inner, tuple) else apart(inner)
+        if other != inner:
+            changes[name] = other
+    return dataclasses.replace(codec, **changes) if changes else codec

@@ -61,7 +61,7 @@ def compress_kv_heads(
             "the heads or their number"
         )
     keep = 0.5 if keep is None else keep
-    if isinstance(keep, bool) or not 0 < keep <= 1:
+    if isinstance(keep, bool | str) or not 0 < keep <= 1:
         raise ValueError(f"compress_kv_heads(keep={keep!r}): a share of the heads lies in (0, 1]")
     if kv_heads is not None and not (isinstance(kv_heads, int) and kv_heads >= 1):
         raise ValueError(

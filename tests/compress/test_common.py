@@ -61,8 +61,7 @@ SETTINGS = {
     "cskv 4 bits": "cskv(window=8, sliding=False, bits=4)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
-    "adakv in gear": f"adakv(keep=0.5, {VOTE}, "
-    "storage=gear(bits=2, group=4, buffer=8, span=8, prompt_rank=2, across=False))",
+    "adakv in gear": f"adakv(keep=0.5, {VOTE}, storage=gear(bits=2, group=4, buffer=8, span=8))",
 }
 # Settings that must equal dense decoding; tokens beyond the prompt too, hence 32 of them.
 LIMITS = {
