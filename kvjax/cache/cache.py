@@ -257,7 +257,9 @@ def rope_of(config: Any, length: int) -> Rope:
         rule = config.rope
         if config.local_rope is not None and config.window(layer) is not None:
             rule = config.local_rope
-        table.append(rule.frequencies(config.rotated, config.max_length, length))
+        found, factor = rule.frequencies(config.rotated, config.max_length, length)
+        rotated = layer not in config.unrotated  # angles of zero elsewhere
+        table.append((found, factor) if rotated else (np.zeros_like(found), 1.0))
     freq = np.asarray([f for f, _ in table], np.float32).reshape(len(table), config.rotated // 2)
     return Rope(jnp.asarray(freq), jnp.asarray([s for _, s in table], jnp.float32))
 
