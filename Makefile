@@ -5,6 +5,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -e
+# Tests install the TPU's compiler; on a machine without accelerators jax would then look for a TPU
+# at every start, and complain at length.
+RUN = $(if $(wildcard /dev/accel* /dev/vfio/* /dev/nvidia* /dev/kfd),,JAX_PLATFORMS=cpu) $(BIN)/python
+
 .PHONY: setup demo test test-all lint format benchmark clean
 
 setup: $(VENV)/.ready
@@ -13,34 +18,38 @@ $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "kvjax needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.tests: $(VENV)/.ready
+	$(INSTALL) '.[test]'
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m kvjax.models.embedded
-	$(BIN)/python -m experiments.compress --config=configs/demo.py
+	$(RUN) -m kvjax.models.embedded
+	$(RUN) -m experiments.compress --config=configs/demo.py
 
-test: setup
+test: $(VENV)/.tests
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	@# Two processes: compiling takes one core each, and is what the tests cost.
 	$(BIN)/python -m pytest -q -m 'not slow' -n 2
 
-test-all: setup
-	$(BIN)/python -m kvjax.models.embedded
+test-all: $(VENV)/.tests
+	$(RUN) -m kvjax.models.embedded
 	KVJAX_HYPOTHESIS=all $(BIN)/python -m pytest -q
 
-lint: setup
+lint: $(VENV)/.tests
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 
-format: setup
+format: $(VENV)/.tests
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
 
 benchmark: setup
-	$(BIN)/python -m kvjax.models.embedded
-	$(BIN)/python -m experiments.benchmark
+	$(RUN) -m kvjax.models.embedded
+	$(RUN) -m experiments.benchmark
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -26,7 +26,11 @@ from kvjax.models import load as load_model
 
 config_flags.DEFINE_config_file("config", None, "An ml_collections file; flags given win over it.")
 flags.DEFINE_string("model", "smollm2-135m", "Name or path for kvjax.load.")
-flags.DEFINE_string("methods", "kvquant; rotatekv", "Calibrated methods separated by semicolons.")
+flags.DEFINE_string(
+    "methods",
+    "kvquant; rotatekv; compress_kv_heads",
+    "Calibrated methods separated by semicolons.",
+)
 flags.DEFINE_string("text", "", "A UTF-8 text file; empty: the Python language reference.")
 flags.DEFINE_integer("samples", 16, "Sequences to calibrate on.", lower_bound=1)
 flags.DEFINE_integer("tokens", 512, "Tokens of each.", lower_bound=16)

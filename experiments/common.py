@@ -93,7 +93,10 @@ class Results:
     def _load(self) -> None:
         """The rows of before; of several processes only the main one reads and writes."""
         key = self.key
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out={str(self.path.parent)!r}: {error}") from None
         if self.path.exists():
             try:
                 old = json.loads(self.path.read_text())
@@ -172,10 +175,12 @@ def table(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, An
     """Prints rows on the terminal.
 
     Args:
-      columns: key -> "heading|format", e.g. {"nll": "NLL|.3f"}; a missing value is a dash.
+      columns: key -> "heading|format", e.g. {"nll": "NLL|.3f"}; a missing value is a dash, a
+        column that no row fills is left out.
     """
     if not is_main():
         return
+    columns = filled(columns, rows)
     grid = rich.table.Table(
         title=title, title_justify="left", box=rich.box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
     )
@@ -191,6 +196,12 @@ def table(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, An
     for row in rows:
         grid.add_row(*(cell(row.get(key), spec) for key, spec in columns.items()))
     console.print(grid)
+
+
+def filled(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The columns of which some row has a value."""
+    there = {k for row in rows for k, value in row.items() if value is not None}
+    return {k: spec for k, spec in columns.items() if k in there}
 
 
 def cell(value: Any, spec: str) -> str:

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.common import cell
+from experiments.common import cell, filled
 
 
 def pareto(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -126,6 +126,7 @@ def _page(
     columns: Mapping[str, str],
 ) -> str:
     """One self-contained HTML page."""
+    columns = filled(columns, rows)
     head = "".join(f"<th>{html.escape(spec.split('|')[0])}</th>" for spec in columns.values())
     lines = []
     for row in rows:

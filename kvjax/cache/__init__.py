@@ -6,7 +6,8 @@ each keeping some tokens and passing the rest on. Codecs (`kvjax.codecs`): how a
 
 from kvjax.cache.attention import attend_new, attend_slots, received
 from kvjax.cache.axes import logical_axes
-from kvjax.cache.budgets import Budget, adaptive, pyramid, uniform
+from kvjax.cache.bases import LayerBases, layer_bases
+from kvjax.cache.budgets import Budget, adaptive, overall, pyramid, uniform
 from kvjax.cache.buffer import compact, take
 from kvjax.cache.cache import (
     Cache,
@@ -31,6 +32,7 @@ from kvjax.cache.heavy import Absorb, Growth, growth, heavy, nearest
 from kvjax.cache.prune import prune
 from kvjax.cache.readers import Reader, best_pages
 from kvjax.cache.recurrent import Recurrence, previous
+from kvjax.cache.replay import replayed, replayed_attention
 from kvjax.cache.ring import Window
 from kvjax.cache.scores import (
     Score,
@@ -44,7 +46,7 @@ from kvjax.cache.scores import (
     window_attention,
 )
 from kvjax.cache.share import Share, share
-from kvjax.cache.stage import Carried, Column, Commit, InputMark, Mark, Stage, Statistic
+from kvjax.cache.stage import Carried, Column, Commit, InputMark, Mark, Replay, Stage, Statistic
 from kvjax.cache.stages import by_position, first, prefix, recent
 from kvjax.cache.store import Store, store
 from kvjax.cache.types import (
@@ -75,6 +77,7 @@ __all__ = [
     "Fit",
     "Growth",
     "InputMark",
+    "LayerBases",
     "Mark",
     "New",
     "Observation",
@@ -84,6 +87,7 @@ __all__ = [
     "Query",
     "Reader",
     "Recurrence",
+    "Replay",
     "Rope",
     "Score",
     "Share",
@@ -113,6 +117,7 @@ __all__ = [
     "init_cache",
     "key_difference",
     "key_norm",
+    "layer_bases",
     "logical_axes",
     "marked",
     "merge",
@@ -120,6 +125,7 @@ __all__ = [
     "nbytes",
     "nearest",
     "newest_attention",
+    "overall",
     "partial_attention",
     "prefix",
     "previous",
@@ -129,6 +135,8 @@ __all__ = [
     "received",
     "recency",
     "recent",
+    "replayed",
+    "replayed_attention",
     "rope_of",
     "rotate",
     "share",

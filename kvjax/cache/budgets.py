@@ -22,6 +22,11 @@ class Budget:
         """Whether layers or heads may keep different numbers."""
         return False
 
+    @property
+    def shared(self) -> bool:
+        """Whether layers share one total, which scores divide; `layers` then gives their mean."""
+        return False
+
     def layers(self, kept: Array, length: Array, count: int) -> Array:
         """Tokens per head in each layer, [count, ...].
 
@@ -151,3 +156,41 @@ def adaptive(alpha: float = 0.2, window: int = 32, base: Budget | None = None) -
       base: layer budgets, e.g. `pyramid()`; None: uniform.
     """
     return Adaptive(alpha, window, Budget() if base is None else base)
+
+
+@dataclasses.dataclass(frozen=True)
+class Overall(Budget):
+    """See `overall`."""
+
+    @property
+    def ragged(self) -> bool:
+        return True
+
+    @property
+    def shared(self) -> bool:
+        return True
+
+    def heads(self, value: Array, per_head: Array) -> Array:
+        layers, batch, heads, tokens = value.shape
+        fixed = jnp.isposinf(value)
+        # Among equals the lower position wins, then the lower layer and head.
+        line = jnp.moveaxis(jnp.where(fixed, -jnp.inf, value), (1, 3), (0, 1)).reshape(batch, -1)
+        order = jnp.argsort(-line, -1, stable=True)
+        place = jnp.argsort(order, -1).reshape(batch, tokens, layers, heads)
+        place = jnp.moveaxis(place, (0, 1), (1, 3))
+        always = jnp.sum(fixed, (0, 2, 3))
+        voted = jnp.maximum(jnp.sum(per_head, 0) * heads - always, 0)
+        wins = (place < voted[:, None, None]) & (value > -jnp.inf)
+        return jnp.sum(fixed | wins, -1, dtype=jnp.int32)
+
+    def most(self, per_head: int, length: int, heads: int) -> int:
+        return length
+
+
+def overall() -> Budget:
+    """All heads of all layers share one total: of all their tokens together the best stay.
+
+    A head may keep all of its tokens or none but those that always stay. They lie in one pool of
+    pages, so that what is allocated is what is kept, whichever layers it falls to.
+    """
+    return Overall()

@@ -15,7 +15,7 @@ from kvjax.cache import buffer
 from kvjax.cache.chain import Chain, chain
 from kvjax.cache.kernels import Kernels, check_kernels
 from kvjax.cache.recurrent import Recurrence
-from kvjax.cache.stage import FOREVER, Commit, InputMark, Stage
+from kvjax.cache.stage import FOREVER, Commit, InputMark, Replay, Stage
 from kvjax.cache.types import (
     KV,
     PHASES,
@@ -70,6 +70,11 @@ class Cache:
         """Columns that `forward` must make from what each layer reads."""
         found = (mark for n in self.chains for mark in self.transforms[n].input_marks)
         return tuple(dict.fromkeys(found))
+
+    @property
+    def replays(self) -> tuple[Replay, ...]:
+        """Columns for which a prompt is read again before `finish`; see `kvjax.cache.replay`."""
+        return tuple(dict.fromkeys(c for n in self.chains for c in self.transforms[n].replays))
 
     @property
     def streaming(self) -> bool:
@@ -252,7 +257,9 @@ def rope_of(config: Any, length: int) -> Rope:
         rule = config.rope
         if config.local_rope is not None and config.window(layer) is not None:
             rule = config.local_rope
-        table.append(rule.frequencies(config.rotated, config.max_length, length))
+        found, factor = rule.frequencies(config.rotated, config.max_length, length)
+        rotated = layer not in config.unrotated  # angles of zero elsewhere
+        table.append((found, factor) if rotated else (np.zeros_like(found), 1.0))
     freq = np.asarray([f for f, _ in table], np.float32).reshape(len(table), config.rotated // 2)
     return Rope(jnp.asarray(freq), jnp.asarray([s for _, s in table], jnp.float32))
 

@@ -17,6 +17,7 @@ from kvjax.cache.stage import (
     Column,
     Commit,
     InputMark,
+    Replay,
     Stage,
     Statistic,
     observe_slots,
@@ -25,7 +26,7 @@ from kvjax.cache.stage import (
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, pytree
 
 
-@pytree("spec")
+@pytree("spec", "due")
 class Pending:
     """The exact prompt of a chain that must see all of it before it can act.
 
@@ -33,12 +34,14 @@ class Pending:
       kv: every prompt token so far, in order of arrival, with all columns of the chain.
       seen: int32 [1, B, 1], tokens so far.
       stats: prompt statistics by name.
+      due: whether what is held must be replayed before it is finished; static.
     """
 
     kv: KV
     seen: Array
     stats: dict[str, Any]
     spec: Spec
+    due: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,11 @@ class Chain:
     def input_marks(self) -> tuple[InputMark, ...]:
         """Columns that `forward` makes from what each layer reads."""
         return tuple(column for column in self.columns if isinstance(column, InputMark))
+
+    @property
+    def replays(self) -> tuple[Replay, ...]:
+        """Columns for which the prompt is read again before `finish`."""
+        return tuple(column for column in self.columns if isinstance(column, Replay))
 
     def constants(self, width: int) -> tuple[str, ...]:
         """Names of the constants that the stages read."""
@@ -201,7 +209,7 @@ class Chain:
             k = context.rotated(kv, self.unrotated)
             stats = {s.name: s.update(stats[s.name], k, context) for s in self.statistics}
         held = buffer.put(held, slot, kv, context.layout)
-        return Pending(held, state.seen + kv.count, stats, state.spec)
+        return Pending(held, state.seen + kv.count, stats, state.spec, bool(self.replays))
 
     def _push(self, place: int, state: tuple, kv: KV, context: Commit) -> tuple:
         """Commits into the stages from `place` on; `state` is theirs."""
@@ -232,6 +240,11 @@ class Chain:
         """Once, after the last chunk of a prompt: lets the stages act on all of it."""
         if not isinstance(state, Pending):
             return state
+        if state.due:
+            raise ValueError(
+                f"finish: this chain chooses by {[c.name for c in self.replays]}, for which the "
+                "prompt is read again first: call kvjax.decode.replay (prefill does)"
+            )
         ready = self._init_stages(state.spec)
         context = dataclasses.replace(
             context, phase="prefill", seen=None, stats={**state.stats, **(stats or {})}

@@ -80,12 +80,13 @@ class Prune(Stage):
         most = min(most, spec.prompt)
         ragged = self.budget.ragged
         split = self.score.apart(spec)
+        totals = tuple(n * spec.kv_heads for n in each)
         return split.replace(
             max_length=most + spec.max_length - spec.prompt,
             prompt=most,
             per_layer=split.per_layer or ragged,
             per_head=split.per_head or ragged,
-            totals=tuple(n * spec.kv_heads for n in each) if ragged else spec.totals,
+            totals=((sum(totals),) if self.budget.shared else totals) if ragged else spec.totals,
         )
 
     def attend(self, state: Any, layer: Array, query: Query, carry: Any) -> tuple[None, Any]:

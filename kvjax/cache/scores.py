@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.attention import received
+from kvjax.cache.barrier import computed
 from kvjax.cache.stage import Column, Commit, InputMark, Mark, Statistic
 from kvjax.cache.types import KV, Observation, Spec, pytree
 
@@ -95,7 +96,8 @@ class Received(Column):
         if not self.newest:
             return old + got
         anything = jnp.any(weight > 0, 1)[None, :, None, None]
-        return jnp.where(anything, got, old)
+        # Written once, over the old column: else XLA makes a second for the choice of a slot.
+        return computed(jnp.where(anything, got, old))
 
 
 @dataclasses.dataclass(frozen=True)

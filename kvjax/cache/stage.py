@@ -108,6 +108,27 @@ class InputMark(Mark):
 
 
 @dataclasses.dataclass(frozen=True)
+class Replay(Column):
+    """What each token of a prompt received while the prompt was read again, before `finish`.
+
+    See `kvjax.cache.replay`; tokens that come later have 0.
+
+    Attributes:
+      chunk: tokens read again at a time. hint: tokens before them that are shown first.
+      sinks: first tokens of the prompt to which every replay attends.
+    """
+
+    name: str = "replayed"
+    chunk: int = 2000
+    hint: int = 8
+    sinks: int = 4
+
+    @property
+    def observes(self) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
 class Statistic:
     """Something gathered over the rows of a prompt, for use when it is finished."""
 

@@ -15,7 +15,7 @@ from kvjax.cache.attention import dot_keys, dot_values, visible
 from kvjax.cache.fit import Fit
 from kvjax.cache.kernels import attend_stored
 from kvjax.cache.paging import Pool, Rectangle, check_heads, per_layer
-from kvjax.cache.readers import Reader
+from kvjax.cache.readers import Reader, each_row
 from kvjax.cache.ring import Window
 from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
@@ -304,22 +304,7 @@ class Store(Stage):
             if query.shard is not None:
                 coded = jnp.clip(coded - base, 0, slots)
             return state.place.fold(layer, query, q, rows, coded, slots, part)
-        if count == 1:
-            return self._attend_pages(state, layer, query, q, rows, coded, part)
-
-        def one(t: Array) -> Partial:
-            cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, t, 1, axis)  # noqa: E731
-            row = dataclasses.replace(
-                query, q=cut(query.q, 2), raw=cut(query.raw, 2), pos=cut(query.pos, 1)
-            )
-            q = row.grouped(row.q, state.spec.kv_heads)
-            return self._attend_pages(state, layer, row, q, row.rows(q), coded, part)
-
-        # Each row reads what it would have read alone. [T, B, H, G, ..] -> [B, H, G * T, ..]
-        done = jax.lax.map(one, jnp.arange(count))
-        return jax.tree.map(
-            lambda x: jnp.moveaxis(x, 0, 3).reshape(*q.shape[:3], *x.shape[4:]), done
-        )
+        return each_row(query, q, lambda *row: self._attend_pages(state, layer, *row, coded, part))
 
     def _attend_pages(
         self, state: Stored, layer: Array, query: Query, q: Array, rows: Array, coded: Array,

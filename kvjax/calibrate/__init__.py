@@ -15,12 +15,13 @@ weights are enough, `find` makes them at once.
 from collections.abc import Callable
 
 from kvjax.calibrate.base import PROGRAM, Calibration, complete, find, folder_of, load, save
+from kvjax.calibrate.compress_kv_heads import compress_kv_heads
 from kvjax.calibrate.cskv import cskv
 from kvjax.calibrate.kvquant import kvquant
 from kvjax.calibrate.rotatekv import rotatekv
 
 CALIBRATIONS: dict[str, Callable[..., Calibration]] = {
-    f.__name__: f for f in (kvquant, rotatekv, cskv)
+    f.__name__: f for f in (kvquant, rotatekv, compress_kv_heads, cskv)
 }
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from kvjax.codecs.affine import Quantize, quantize
 from kvjax.codecs.base import Code, Codec, Constants
+from kvjax.codecs.bitmap import Sparse, sparse
 from kvjax.codecs.coarse import (
     Fourier,
     Signs,
@@ -25,18 +26,18 @@ from kvjax.codecs.dense import Dense, dense
 from kvjax.codecs.heads import (
     AcrossHeads,
     PermuteHeads,
-    ProjectHeads,
     RotateHeads,
     across_heads,
+    apart,
     joins_heads,
     permute_heads,
-    project_heads,
     rotate_heads,
 )
 from kvjax.codecs.levels import Levels, Normalize, levels, normalize
 from kvjax.codecs.lowrank import LowRank, low_rank
 from kvjax.codecs.packing import pack, quantum, unpack
 from kvjax.codecs.pair import PerKV, as_pair, per_kv
+from kvjax.codecs.projections import MergeHeads, ProjectHeads, merge_heads, project_heads
 from kvjax.codecs.sparse import Outliers, outliers
 from kvjax.codecs.transform import (
     Balance,
@@ -62,6 +63,7 @@ __all__ = [
     "Fourier",
     "Levels",
     "LowRank",
+    "MergeHeads",
     "Normalize",
     "Outliers",
     "PerKV",
@@ -73,11 +75,13 @@ __all__ = [
     "Rotate",
     "RotateHeads",
     "Signs",
+    "Sparse",
     "SplitChannels",
     "Ternary",
     "Transform",
     "WithOutliers",
     "across_heads",
+    "apart",
     "as_pair",
     "balance",
     "codebook",
@@ -89,6 +93,7 @@ __all__ = [
     "joins_heads",
     "levels",
     "low_rank",
+    "merge_heads",
     "normalize",
     "outliers",
     "pack",
@@ -102,6 +107,7 @@ __all__ = [
     "rotate",
     "rotate_heads",
     "signs",
+    "sparse",
     "split_channels",
     "ternary",
     "unpack",

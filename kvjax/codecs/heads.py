@@ -17,6 +17,8 @@ from kvjax.codecs.base import Codec
 from kvjax.codecs.combine import Part
 from kvjax.codecs.transform import Transform, _constant, hadamard, has_hadamard, multiply
 
+INNER = ("codec", "rest", "parts", "k", "v")  # where codecs hold other codecs
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["code"], meta_fields=["heads"])
 @dataclasses.dataclass(frozen=True)
@@ -206,93 +208,26 @@ def permute_heads(name: str = "order") -> PermuteHeads:
     return PermuteHeads(name)
 
 
-@dataclasses.dataclass(frozen=True)
-class ProjectHeads(Transform):
-    """See `project_heads`."""
-
-    part: float
-    name: str = "factors"
-
-    folds = False
-    joins_heads = True
-
-    def __post_init__(self):
-        number = isinstance(self.part, int | float) and not isinstance(self.part, bool)
-        if not number or not 0 < self.part <= 1:
-            raise ValueError(f"part is {self.part!r}: a part of the channels lies in (0, 1]")
-        object.__setattr__(self, "part", float(self.part))
-
-    def check(self, width: int) -> None:
-        super().check(width)
-        if self.out_width(width) < 1:
-            raise ValueError(f"part is {self.part}: of {width} channels a head it leaves none")
-
-    def out_width(self, width: int) -> int:
-        return int(self.part * width + 1e-9)  # 0.29 of 100 is 29, not 28.999...
-
-    def constants_spec(self, width):
-        """Of one head; of H heads both sides are H times as long."""
-        rank = self.out_width(width)
-        shapes = {"down": (width, rank), "up": (rank, width), "offset": (width,)}
-        return {f"{self.name}_{n}": jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
-
-    def forward(self, x, constants=None):
-        heads, (down, _, offset) = x.shape[-3], self._factors(constants)
-        x = x.astype(jnp.float32)
-        if down.shape[-2] == x.shape[-1]:  # one head, or the shapes of one
-            return multiply(x - offset[..., None, :], down)
-        return split(multiply(join(x) - offset[..., None, :], down), heads)
-
-    def inverse(self, y, constants=None):
-        heads, (_, up, offset) = y.shape[-3], self._factors(constants)
-        y = y.astype(jnp.float32)
-        if up.shape[-2] == y.shape[-1]:
-            return multiply(y, up) + offset[..., None, :]
-        return split(multiply(join(y), up) + offset[..., None, :], heads)
-
-    def mixed(self, p, y, constants=None):
-        """Images are mixed, and the few mixed ones brought back."""
-        heads, (_, up, offset) = y.shape[-3], self._factors(constants)
-        p, y = p.astype(jnp.float32), y.astype(jnp.float32)
-        if up.shape[-2] == y.shape[-1]:
-            return multiply(multiply(p, y), up) + p.sum(-1, keepdims=True) * offset[..., None, :]
-        flat = p.reshape(*p.shape[:-3], 1, -1, p.shape[-1])
-        m = multiply(flat, join(y)).reshape(*p.shape[:-1], -1)
-        offset = split(offset[..., None, :], heads)
-        return multiply(m, split(up, heads)) + p.sum(-1, keepdims=True) * offset
-
-    def _factors(self, constants):
-        return tuple(_constant(constants, f"{self.name}_{n}") for n in ("down", "up", "offset"))
-
-
-def project_heads(part: float, name: str = "factors") -> ProjectHeads:
-    """Stores a token as y = (x - o) E with x its channels of all H heads, read as x' = y B + o.
-
-    E = constants[name_down] [..., 1, H D, H r], B = constants[name_up] [..., 1, H r, H D] and
-    o = constants[name_offset] [..., 1, H D], float32, r = floor(part D); leading axes broadcast
-    against those of x (per layer: [L, 1, 1, H D, H r] for x [L, B, H, T, D]). One factorisation
-    serves all heads, since what one head's channels say of another's need not be stored twice; that
-    y is handed on as H heads of r channels is a matter of layout. Values are mixed as they are
-    stored. Gradients reach x, E and B.
-
-    Args:
-      part: of the channels, in (0, 1].
-      name: of the constants.
-
-    >>> import jax.numpy as jnp
-    >>> p = project_heads(0.5)  # of 2 heads of 2 channels: 2 numbers
-    >>> e = jnp.eye(4)[:, ::2]
-    >>> given = {"factors_down": e, "factors_up": e.T, "factors_offset": jnp.ones(4)}
-    >>> x = jnp.array([[[3.0, 4.0]], [[5.0, 6.0]]])  # 2 heads, 1 token
-    >>> y = p.encode(x, constants=given)
-    >>> y.tolist(), p.decode(y, constants=given).tolist()
-    ([[[2.0]], [[4.0]]], [[[3.0, 1.0]], [[5.0, 1.0]]])
-    """
-    return ProjectHeads(part, name)
-
-
 def joins_heads(codec: Any) -> bool:
     """Whether a codec codes several heads together."""
-    parts = [getattr(codec, name, ()) for name in ("codec", "rest", "parts", "k", "v")]
+    parts = [getattr(codec, name, ()) for name in INNER]
     inner = [p for part in parts for p in (part if isinstance(part, tuple) else (part,))]
     return getattr(codec, "joins_heads", False) or any(map(joins_heads, inner))
+
+
+def apart(codec: Any) -> Any:
+    """The codec (or pair) with `across_heads` taken off: every head is coded by itself.
+
+    >>> from kvjax.codecs import quantize
+    >>> apart(across_heads(quantize(4))) == quantize(4)
+    True
+    """
+    if isinstance(codec, AcrossHeads):
+        return apart(codec.codec)
+    changes = {}
+    for name in INNER:
+        inner = getattr(codec, name, ())
+        other = tuple(map(apart, inner)) if isinstance(inner, tuple) else apart(inner)
+        if other != inner:
+            changes[name] = other
+    return dataclasses.replace(codec, **changes) if changes else codec

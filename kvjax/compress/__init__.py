@@ -7,6 +7,7 @@ Every function returns a chain, runs without arguments, and is known to `parse` 
 """
 
 from kvjax.compress.adakv import adakv
+from kvjax.compress.compress_kv_heads import compress_kv_heads
 from kvjax.compress.cskv import cskv
 from kvjax.compress.dense import dense
 from kvjax.compress.expected_attention import expected_attention
@@ -16,7 +17,9 @@ from kvjax.compress.keydiff import keydiff
 from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
 from kvjax.compress.kvquant import kvquant
+from kvjax.compress.kvzip import kvzip
 from kvjax.compress.mikv import mikv
+from kvjax.compress.mustafar import mustafar
 from kvjax.compress.parse import METHODS, parse
 from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
@@ -27,10 +30,12 @@ from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
 from kvjax.compress.turboquant import turboquant
 from kvjax.compress.vidkv import vidkv
+from kvjax.compress.xkv import xkv
 
 __all__ = [
     "METHODS",
     "adakv",
+    "compress_kv_heads",
     "cskv",
     "dense",
     "expected_attention",
@@ -40,7 +45,9 @@ __all__ = [
     "kivi",
     "knorm",
     "kvquant",
+    "kvzip",
     "mikv",
+    "mustafar",
     "parse",
     "pyramidkv",
     "random_eviction",
@@ -51,4 +58,5 @@ __all__ = [
     "tova",
     "turboquant",
     "vidkv",
+    "xkv",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvjax.cache import Chain
 from kvjax.compress.adakv import adakv
+from kvjax.compress.compress_kv_heads import compress_kv_heads
 from kvjax.compress.cskv import cskv
 from kvjax.compress.dense import dense
 from kvjax.compress.expected_attention import expected_attention
@@ -19,7 +20,9 @@ from kvjax.compress.keydiff import keydiff
 from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
 from kvjax.compress.kvquant import kvquant
+from kvjax.compress.kvzip import kvzip
 from kvjax.compress.mikv import mikv
+from kvjax.compress.mustafar import mustafar
 from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
 from kvjax.compress.rotatekv import rotatekv
@@ -29,13 +32,14 @@ from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
 from kvjax.compress.turboquant import turboquant
 from kvjax.compress.vidkv import vidkv
+from kvjax.compress.xkv import xkv
 
 METHODS: dict[str, Callable[..., Chain]] = {
     f.__name__: f
     for f in (
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
-        vidkv, cskv,
+        vidkv, mustafar, kvzip, xkv, compress_kv_heads, cskv,
     )
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from kvjax.decode.loop import Generation, extend, generate, positions_of, prefill, score
 from kvjax.decode.process import Processor, host_mask, processors, repetition_penalty
+from kvjax.decode.replay import Words, repeat_words, replay
 from kvjax.decode.sample import Sampler, greedy
 from kvjax.decode.text import complete, stream
 
@@ -9,6 +10,7 @@ __all__ = [
     "Generation",
     "Processor",
     "Sampler",
+    "Words",
     "complete",
     "extend",
     "generate",
@@ -17,7 +19,9 @@ __all__ = [
     "positions_of",
     "prefill",
     "processors",
+    "repeat_words",
     "repetition_penalty",
+    "replay",
     "score",
     "stream",
 ]

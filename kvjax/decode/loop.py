@@ -13,6 +13,7 @@ from jax import Array
 from kvjax.cache import Cache, Chain, Stage, apart, commit, finish, init_cache, together
 from kvjax.cache.types import pytree
 from kvjax.decode.process import Processor, processors
+from kvjax.decode.replay import Words, replay
 from kvjax.decode.sample import Sampler
 from kvjax.models.decoder import forward
 from kvjax.models.llama import Model
@@ -67,6 +68,7 @@ def prefill(
     constants: Any = None,
     kernels: str = "xla",
     layout: Any = None,
+    words: Words | None = None,
 ) -> tuple[Array, Cache]:
     """Runs prompts into a fresh cache.
 
@@ -82,6 +84,7 @@ def prefill(
       chunk: tokens per forward pass; None: all at once.
       dtype: of exact keys and values; None: that of the embedding.
       exact_layers, constants, kernels, layout: see `init_cache`.
+      words: for chains that have the prompt replayed (`kvjax.decode.replay`): what asks for it.
 
     Returns:
       (logits float32 [B, V] of the last token of each row, cache ready to decode).
@@ -111,7 +114,9 @@ def prefill(
         kernels=kernels,
         layout=layout,
     )
-    return extend(model, cache, tokens, positions, phase="prefill", chunk=chunk, fresh=True)
+    return extend(
+        model, cache, tokens, positions, phase="prefill", chunk=chunk, fresh=True, words=words
+    )
 
 
 def extend(
@@ -123,6 +128,7 @@ def extend(
     phase: str = "append",
     chunk: int | None = None,
     fresh: bool = False,
+    words: Words | None = None,
 ) -> tuple[Array, Cache]:
     """Runs more tokens into a cache, in chunks; donates the cache.
 
@@ -131,6 +137,7 @@ def extend(
       phase: "prefill" (then `finish` is called at the end) or "append" (a later turn).
       chunk: tokens per forward pass; None: all at once.
       fresh: the cache is known to be empty.
+      words: see `prefill`.
 
     Returns:
       (logits float32 [B, V] of each row's last token, cache).
@@ -155,6 +162,8 @@ def extend(
         result = logits if result is None else jnp.where((last > best)[:, None], logits, result)
         best = jnp.maximum(best, last)
     if phase == "prefill":
+        if rest.replays:
+            moving, rest = apart(replay(model, together(moving, rest), tokens, positions, words))
         moving = _finish(moving, rest)
     return result, together(moving, rest)
 

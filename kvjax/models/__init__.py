@@ -20,6 +20,7 @@ _HOMES = {
     "init": "llama",
     "load": "loading",
     "load_tokenizer": "tokenizer",
+    "merge_kv_heads": "fewer_heads",
     "save": "checkpoint",
     "save_pretrained": "huggingface_write",
 }

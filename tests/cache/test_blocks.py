@@ -58,3 +58,36 @@ def test_block_size_is_whole_units():
         for unit in (1, 16, 20, 32, 64, 96, 2000):
             size = attention.block_size(row, unit)
             assert size % unit == 0 and (unit <= size <= max(unit, 1024))
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "full", "tree"])
+@pytest.mark.parametrize("rows", [9, 40, 61])
+def test_new_rows_in_blocks_see_each_other_as_at_once(rows, mask, monkeypatch):
+    """Rows in one to eight blocks of 8, an odd and an even number, with padding anywhere."""
+    monkeypatch.setattr(attention, "ROWS", 8)
+    draw = np.random.default_rng(rows)
+    q, k, v = (draw.standard_normal((2, h, rows, 8)).astype(np.float32) for h in (6, 3, 3))
+    pos = np.where(draw.random((2, rows)) < 0.2, -1, 5 + np.arange(rows)).astype(np.int32)
+    ok = np.broadcast_to((pos >= 0)[:, None, :], (2, rows, rows))
+    given = draw.random((2, rows, rows)) < 0.5
+    if mask == "tree":
+        ok = ok & given
+    elif mask != "full":
+        ok = ok & (pos[:, None, :] <= pos[:, :, None])
+    if mask == "window":
+        ok = ok & (pos[:, :, None] - pos[:, None, :] < 11)
+    logits = np.einsum("bhgtd,bhnd->bhgtn", q.reshape(2, 3, 2, rows, 8).astype(float), k)
+    weights = np.where(ok[:, None, None], np.exp(logits - 40), 0)
+    total = weights.sum(-1, keepdims=True)
+    out = np.einsum("bhgtn,bhnd->bhgtd", weights / np.where(total > 0, total, 1), v)
+    query = Query(
+        jnp.asarray(q), jnp.asarray(q), jnp.asarray(pos), None, jnp.int32(11), {},
+        jnp.zeros((2,), jnp.int32), window=mask == "window",
+    )  # fmt: skip
+    rule = {"tree": jnp.asarray(given), "window": "causal"}.get(mask, mask)
+    got = jax.jit(lambda *x: attention.attend_new(*x, rule))(query, jnp.asarray(k), jnp.asarray(v))
+    np.testing.assert_allclose(got.out, out.reshape(2, 6, rows, 8), rtol=2e-5, atol=2e-6)
+    lse = (np.log(np.maximum(total, 1e-300)) + 40).reshape(2, 6, rows)
+    seen = np.broadcast_to(ok.any(-1)[:, None], lse.shape)
+    np.testing.assert_allclose(np.asarray(got.lse)[seen], lse[seen], rtol=2e-6, atol=2e-5)
+    assert np.all(np.asarray(got.sum)[~seen] == 0)

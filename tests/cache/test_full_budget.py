@@ -15,6 +15,7 @@ from kvjax.cache import (
     heavy,
     key_difference,
     key_norm,
+    layer_bases,
     newest_attention,
     prune,
     pyramid,
@@ -67,6 +68,10 @@ CHAINS = {
     "before": chain(first(2), store(keys=Window(0, 8), values=Window(8, 1), rope="before")),
     "before, ragged": chain(ragged["adaptive"], store(rope="before")),
     "by position": by_position(LENGTH),
+    "bases": chain(first(3), layer_bases(1.0, 1.0, 2), recent(3, 2), store()),
+    "bases, few layers": chain(
+        layer_bases(1.0, 1.0, 3, reader=best_pages(3, 4), apart=1, newest=2), store()
+    ),
     "reads all": chain(store(reader=best_pages(4, 8))),
 }
 
@@ -80,7 +85,8 @@ SLOW = {"heavy newest", "prune window", "pyramid", "adaptive, recent", "recent r
 def test_full_budget_is_dense(name):
     r = rows(1, LENGTH, ragged_positions(7, PROMPT, DECODE))
     out, _ = run(CHAINS[name], r, PROMPT, 8)
-    close(out, dense(r)[0], r["pos"])
+    # Full bases are orthonormal up to float32: a product with one and back errs a little more.
+    close(out, dense(r)[0], r["pos"], 3e-5 if "bases" in name else 1e-5)
 
 
 @pytest.mark.parametrize("exact", [(0,), (-1, 0)])
@@ -96,11 +102,11 @@ WINDOWED = Config(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["all stages", "before, ragged"])
+@pytest.mark.parametrize("name", ["all stages", "before, ragged", "bases"])
 def test_sliding_window_and_softcap(name):
     r = rows(3, LENGTH, ragged_positions(9, PROMPT, DECODE))
     out, _ = run(CHAINS[name], r, PROMPT, 8, config=WINDOWED)
-    close(out, dense(r, WINDOWED)[0], r["pos"])
+    close(out, dense(r, WINDOWED)[0], r["pos"], 3e-5 if "bases" in name else 1e-5)
 
 
 def test_groups_that_do_not_divide_a_block():

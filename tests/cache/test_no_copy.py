@@ -25,6 +25,7 @@ from kvjax.cache import (
     first,
     heavy,
     init_cache,
+    layer_bases,
     nbytes,
     newest_attention,
     prune,
@@ -54,6 +55,10 @@ CHAINS = {
         prune(keep=0.5, score=window_attention(), budget=adaptive()), recent(32, 32), store(kivi)
     ),
     "reader": chain(store(reader=best_pages(16, 16))),
+    "bases": chain(layer_bases(64, 96, 2), store()),
+    "bases read": chain(
+        layer_bases(64, 96, 2, reader=best_pages(32, 8), apart=6, newest=4), store()
+    ),
     "by position": by_position(CAPACITY),
 }
 

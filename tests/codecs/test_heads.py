@@ -1,6 +1,7 @@
 """Codecs of several heads together, where the heads' axis stands before that of the tokens."""
 
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from kvjax.codecs import (
     compose,
     joins_heads,
     low_rank,
+    merge_heads,
     normalize,
     per_kv,
     permute_heads,
@@ -33,13 +35,18 @@ CODECS = {
     "low rank": residual(across_heads(with_outliers(quantize(2), 0.05), 32), low_rank(2, 32)),
     "rotated": compose(rotate_heads(3), quantize(2)),
     "ordered": compose(rotate_heads(4), permute_heads("order"), quantize(2)),
+    "merged": merge_heads(1),
+    "half": merge_heads(0.5, "half", quantize(4)),
     "projected": project_heads(0.4, "f"),
     "projected, coded": compose(project_heads(0.4, "f"), quantize(4, "channel", 16)),
     "moved": compose(normalize("n"), quantize(2, group=8)),
 }
+BASIS = np.linalg.qr(np.random.default_rng(6).standard_normal((H * D, H * D)))[0]
 R = int(0.4 * D)
 FACTORS = np.random.default_rng(5).standard_normal((2, H * D, H * R)).astype(np.float32) / 7
 GIVEN = {
+    "heads": jnp.asarray(BASIS[:, :D].reshape(H, D, D), jnp.float32),
+    "half": jnp.asarray(BASIS[:, :24].reshape(H, D, 24), jnp.float32),
     "f_down": jnp.asarray(FACTORS[0][None]),
     "f_up": jnp.asarray(FACTORS[1].T[None]),
     "f_offset": jnp.arange(H * D, dtype=jnp.float32)[None] / 10,
@@ -155,3 +162,42 @@ def test_who_joins_heads():
     assert not joins_heads(CODECS["moved"]) and not joins_heads(per_kv(quantize(2), quantize(4)))
     with pytest.raises(ValueError, match="block is 24: expected a multiple of the codec's, 16"):
         across_heads(quantize(2, "channel", 16), 24)
+
+
+def test_merged_heads_are_projected_together():
+    x = sample()
+    wide = np.moveaxis(x, 1, 2).reshape(2, T, H * D).astype(np.float64)
+    u = BASIS[:, :D]
+    code = encode(CODECS["merged"], x, None, GIVEN)
+    np.testing.assert_allclose(code[:, 0], wide @ u, atol=1e-4)
+    want = np.moveaxis((wide @ u @ u.T).reshape(2, T, H, D), 2, 1)
+    np.testing.assert_allclose(decode(CODECS["merged"], code, jnp.float32, GIVEN), want, atol=1e-4)
+
+
+def test_groups_of_heads_are_merged_apart():
+    """Four heads to two: each pair by its own projection, whatever the other pair holds."""
+    draw = np.random.default_rng(1)
+    x = draw.standard_normal((4, T, D)).astype(np.float32)
+    u = np.stack([np.linalg.qr(draw.standard_normal((2 * D, 2 * D)))[0][:, :D] for _ in range(2)])
+    given = {"heads": jnp.asarray(u.reshape(4, D, D), jnp.float32)}
+    codec = merge_heads(2)
+    y = np.asarray(decode(codec, encode(codec, x, None, given), jnp.float32, given))
+    for g in range(2):
+        wide = np.moveaxis(x[2 * g : 2 * g + 2], 0, 1).reshape(T, 2 * D)
+        want = np.moveaxis((wide @ u[g] @ u[g].T).reshape(T, 2, D), 1, 0)
+        np.testing.assert_allclose(y[2 * g : 2 * g + 2], want, atol=1e-4)
+
+
+def test_how_many_heads_a_share_merges():
+    half, third = merge_heads(0.5), merge_heads(0.3333)
+    assert half.sizes(32, 128) == (2, 128) and half.sizes(3, 64) == (3, 96)
+    assert third == merge_heads(Fraction(1, 3)) and third.sizes(3, 64) == (3, 64)
+    assert merge_heads(0.75).sizes(8, 64) == (4, 192) and merge_heads(1.0).sizes(8, 64) == (1, 64)
+    assert merge_heads(2).sizes(8, 64) == (4, 64)
+    assert CODECS["half"].code_spec((H,), 8, D)["scale"].shape == (1, 8, 1)
+    with pytest.raises(ValueError, match="divisor of the 3 heads"):
+        merge_heads(2).sizes(3, 64)
+    with pytest.raises(ValueError, match=r"heads is 1.5: expected .* share"):
+        merge_heads(1.5)
+    with pytest.raises(ValueError, match="without constants"):
+        merge_heads(1, codec=normalize("n"))

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import commit, finish, init_cache
-from kvjax.codecs import AcrossHeads, PerKV
+from kvjax.codecs import AcrossHeads, MergeHeads, PerKV
 from kvjax.compress import parse
+from kvjax.decode import replay
 from kvjax.models import llama
 from kvjax.models.config import Config
 from kvjax.models.decoder import forward
@@ -61,7 +62,8 @@ def run(model, cache, x, pos, tail, tail_pos):
     """Prompt, finish, then one token after the other: logits [B, 1 + STEPS, V] and the cache."""
     TRACES.append("run")
     first, new = forward(model, None, pos, cache, phase="prefill", embeddings=x, logits="last")
-    cache = finish(commit(cache, new, phase="prefill"))
+    cache = commit(cache, new, phase="prefill")
+    cache = finish(replay(model, cache, None, pos, embeddings=x) if cache.replays else cache)
 
     def step(cache, xs):
         x, pos = xs
@@ -112,7 +114,12 @@ def plain_constants(chain, config) -> dict:
             codec = codec.codec if wide else codec
             heads, width = config.kv_heads, config.head_dim
             for name, spec in codec.constants_spec(heads * width if wide else width).items():
-                if "order" in name:
+                if isinstance(codec, MergeHeads):
+                    group, rank = codec.sizes(heads, width)
+                    x = np.random.default_rng(len(name)).standard_normal((group * width,) * 2)
+                    x = np.linalg.qr(x)[0][:, :rank].reshape(group, width, rank)
+                    x = jnp.asarray(np.tile(x, (heads // group, 1, 1))[None], jnp.float32)
+                elif "order" in name:
                     x = jnp.arange(heads * width, dtype=jnp.int32)[::-1].reshape(1, heads, width)
                 elif name.endswith(("_down", "_up")):
                     x = jnp.eye(*(heads * n for n in spec.shape))[None, None]
