@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_text():
 
 @pytest.mark.parametrize("stop", ["END", [""], [3]])
 def test_stop_is_a_list_of_strings(stop):
-    with pytest.raises(ValueError, match="stop=.*expected a list of strings that are not empty"):
+    with pytest.raises(ValueError, match=r"stop=.*expected a list of strings that are not empty"):
         next(stream(MODEL, TOKENIZER, PROMPTS, stop=stop))
 
 
