@@ -221,14 +221,16 @@ def test_directions_that_weights_lack_are_zero():
 
 
 def test_weights_are_enough_for_the_bare_name(tmp_path):
-    names = CALIBRATIONS["cskv"]().names
+    names_of = lambda kind: CALIBRATIONS["cskv"](factors=kind).names  # noqa: E731
+    names = names_of("svd")
+    assert cskv() != cskv(factors="pca") and set(names) == set(cskv().constants(8))
     for label in ("cskv", "snapkv(keep=0.5, storage=cskv)", "cskv(bits=4)"):
         found = find(tmp_path, label, names, model())
         jax.tree.map(np.testing.assert_array_equal, found, CALIBRATIONS["cskv"]()(model()))
     with pytest.raises(ValueError, match=r"experiments.calibrate --methods=\"cskv\(factors='pca'"):
-        find(tmp_path, "cskv(factors='pca')", names, model())
+        find(tmp_path, "cskv(factors='pca')", names_of("pca"), model())
     with pytest.raises(ValueError, match=r"experiments.train_cskv --methods=\"cskv\(factors='tr"):
-        find(tmp_path, "rtn(storage=cskv(factors='trained'))", names, model())
+        find(tmp_path, "knorm(storage=cskv(factors='trained'))", names_of("trained"), model())
     with pytest.raises(ValueError, match=r"not calibrated but trained.*experiments.train_cskv"):
         CALIBRATIONS["cskv"](factors="trained")(model(), batches())
     with pytest.raises(ValueError, match="at least one batch"):
