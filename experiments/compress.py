@@ -34,7 +34,8 @@ from kvjax.models import load
 METHODS = (
     "dense; streaming_llm(keep=0.25); h2o(keep=0.25); tova(keep=0.25); snapkv(keep=0.25); "
     "pyramidkv(keep=0.25); adakv(keep=0.25); expected_attention(keep=0.25); keydiff(keep=0.25); "
-    "knorm(keep=0.25); kivi(bits=4); kivi(bits=2); gear(bits=2); mikv; "
+    "knorm(keep=0.25); random_eviction(keep=0.25); kvzip(keep=0.25); kivi(bits=4); kivi(bits=2); "
+    "gear(bits=2); mikv; "
     "snapkv(keep=0.5, storage=kivi(bits=4))"
 )
 

@@ -25,6 +25,7 @@ from kvjax.cache.cache import (
     tokens_held,
 )
 from kvjax.cache.chain import Chain, Pending, chain
+from kvjax.cache.checkpoint import restore_cache, save_cache
 from kvjax.cache.chosen import Chosen, chosen
 from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
@@ -137,8 +138,10 @@ __all__ = [
     "recent",
     "replayed",
     "replayed_attention",
+    "restore_cache",
     "rope_of",
     "rotate",
+    "save_cache",
     "share",
     "span_of",
     "start",

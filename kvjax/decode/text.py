@@ -65,9 +65,14 @@ def stream(
       segment: tokens between two yields.
       callback: called with what is yielded.
 
+    Raises:
+      ValueError: a prompt without a token, a stop string that is empty or no string.
+
     Yields:
       A list with the text that each row has gained since last time ("" where none).
     """
+    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+        raise ValueError(f"stop={stop!r}: expected a list of strings that are not empty")
     rows = [tokenizer.encode(p) if isinstance(p, str) else tokenizer.chat(p) for p in prompts]
     tokens, lengths = pad(rows)
     segment = min(segment, new_tokens)

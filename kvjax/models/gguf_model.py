@@ -248,8 +248,8 @@ def _piece(file: GGUFFile, config: Config, name: str, layer: int) -> Piece:
 
 
 def _half_split(heads: int, head_dim: int) -> np.ndarray:
-    """Where each row of a "llama" (or "smollm3") q or k goes: there pair j is rows 2j, 2j + 1 of a head, here
-    rows j, j + head_dim / 2."""
+    """Where each row of such a q or k goes: there pair j is rows 2j, 2j + 1 of a head, here rows j,
+    j + head_dim / 2."""
     row = np.arange(heads * head_dim)
     head, inside = row // head_dim, row % head_dim
     return head * head_dim + inside % 2 * (head_dim // 2) + inside // 2

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from kvjax.cache import apart, finish, init_cache, nbytes
+from kvjax.cache import apart, finish, init_cache, nbytes, restore_cache, save_cache
 from kvjax.compress import METHODS, parse
 from tests.compress.harness import (
     CONFIG,
@@ -151,6 +151,28 @@ def test_rows_are_independent(name):
     """A row beside others, and beside none."""
     logits, _ = go(SETTINGS[name], (17, 24, 0), (1, 2, 0))
     alike(name, logits[0], base(SETTINGS[name])[0][1])
+
+
+@every
+def test_saved_and_restored(name, tmp_path):
+    """The same arrays and the same kind of cache, so decoding goes on identically."""
+    cache = base(SETTINGS[name])[1]
+    save_cache(tmp_path / "cache", cache)
+    like = jax.eval_shape(lambda: finish(cache_of(SETTINGS[name])))
+    found = restore_cache(tmp_path / "cache", like)
+    assert jax.tree.structure(found) == jax.tree.structure(cache)
+    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(cache)))
+
+
+def test_another_cache_is_not_restored(tmp_path):
+    save_cache(tmp_path / "cache", base("dense")[1])
+    like = jax.eval_shape(lambda: finish(cache_of("kivi(group=4, residual=8)")))
+    with pytest.raises(
+        ValueError, match=r"cache: \.?state.* expected .*: it was saved from another"
+    ):
+        restore_cache(tmp_path / "cache", like)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        restore_cache(tmp_path / "nowhere", like)
 
 
 @pytest.mark.parametrize("name", ["h2o", "adakv in gear"])
