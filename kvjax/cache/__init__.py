@@ -4,10 +4,20 @@
 each keeping some tokens and passing the rest on. Codecs (`kvjax.codecs`): how a token is stored.
 """
 
+from kvjax.cache.absorb import Absorb, moving, nearest
 from kvjax.cache.attention import attend_new, attend_slots, received
 from kvjax.cache.axes import logical_axes
 from kvjax.cache.bases import LayerBases, layer_bases
-from kvjax.cache.budgets import Budget, adaptive, overall, pyramid, uniform
+from kvjax.cache.budgets import (
+    Budget,
+    adaptive,
+    coverage,
+    evenness,
+    given,
+    overall,
+    pyramid,
+    uniform,
+)
 from kvjax.cache.buffer import compact, take
 from kvjax.cache.cache import (
     Cache,
@@ -27,9 +37,11 @@ from kvjax.cache.cache import (
 from kvjax.cache.chain import Chain, Pending, chain
 from kvjax.cache.checkpoint import restore_cache, save_cache
 from kvjax.cache.chosen import Chosen, chosen
+from kvjax.cache.cluster import cluster
 from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
-from kvjax.cache.heavy import Absorb, Growth, growth, heavy, nearest
+from kvjax.cache.heavy import Growth, growth, heavy
+from kvjax.cache.importance import global_local, protect
 from kvjax.cache.prune import prune
 from kvjax.cache.readers import Reader, best_pages
 from kvjax.cache.recurrent import Recurrence, previous
@@ -107,11 +119,16 @@ __all__ = [
     "by_position",
     "chain",
     "chosen",
+    "cluster",
     "commit",
     "compact",
+    "coverage",
+    "evenness",
     "expected_attention",
     "finish",
     "first",
+    "given",
+    "global_local",
     "growth",
     "heavy",
     "horizon",
@@ -123,6 +140,7 @@ __all__ = [
     "marked",
     "merge",
     "merge_over",
+    "moving",
     "nbytes",
     "nearest",
     "newest_attention",
@@ -130,6 +148,7 @@ __all__ = [
     "partial_attention",
     "prefix",
     "previous",
+    "protect",
     "prune",
     "pyramid",
     "random",

@@ -99,15 +99,19 @@ class Chain:
 
     def needs_attention(self, state: Any) -> bool:
         """Whether commits into this state must be given attention statistics."""
-        return bool(self._observing() or (isinstance(state, Pending) and self.statistics))
+        pending = isinstance(state, Pending)
+        return bool(self._observing(0, not pending) or (pending and self.statistics))
 
     def _columns_from(self, place: int) -> tuple[Column, ...]:
         """Columns held at `place`: what it and later stages ask for, and what tokens bring."""
         brought = (c for stage in self.stages[:place] for c in stage.columns if c.lasting)
         return _union([brought, *(stage.columns for stage in self.stages[place:])])
 
-    def _observing(self, place: int = 0) -> tuple[Column, ...]:
-        return tuple(c for c in self._columns_from(place) if c.observes)
+    def _observing(self, place: int = 0, finished: bool = False) -> tuple[Column, ...]:
+        """Those of them that commits update; `finished`: not for stages that have acted."""
+        stages = [s for s in self.stages[place:] if not (finished and s.once)]
+        wanted = _union(stage.columns for stage in stages)
+        return tuple(c for c in self._columns_from(place) if c.observes and c in wanted)
 
     # --- the contract ---
 
@@ -168,7 +172,7 @@ class Chain:
 
     def commit(self, state: Any, kv: KV, context: Commit) -> Any:
         """Takes tokens (compact, ascending by position), keys rotated unless `unrotated`."""
-        columns = self._observing()
+        columns = self._observing(0, not isinstance(state, Pending))
         if columns and context.seen is not None:
             k = context.rotated(kv, self.unrotated)
             fresh = {
@@ -179,7 +183,7 @@ class Chain:
             return self._hold(state, kv, context)
         if columns and context.seen is not None:
             state = tuple(
-                own if own is None else stage.observe(own, self._observing(place), context)
+                own if own is None else stage.observe(own, self._observing(place, True), context)
                 for place, (stage, own) in enumerate(zip(self.stages, state))
             )
         return self._push(0, state, kv, context)

@@ -193,6 +193,11 @@ class Stage:
         return False
 
     @property
+    def once(self) -> bool:
+        """Whether it acts in `finish` alone, so that later tokens need not carry its columns."""
+        return False
+
+    @property
     def every_layer(self) -> bool:
         """Whether layers without this stage would miss tokens, so that none can be left out."""
         return False

@@ -25,11 +25,13 @@ class Slots:
     Attributes:
       kv: the buffer, slots in any order.
       seen: int32 [L or 1, B, H or 1], tokens that have arrived here.
+      memory: what else a stage remembers, arrays [L or 1, B, H or 1].
     """
 
     kv: KV
     seen: Array
     spec: Spec
+    memory: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Slots:
         return dataclasses.replace(self, **changes)

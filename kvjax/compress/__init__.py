@@ -7,9 +7,12 @@ Every function returns a chain, runs without arguments, and is known to `parse` 
 """
 
 from kvjax.compress.adakv import adakv
+from kvjax.compress.chelsea import chelsea
 from kvjax.compress.compress_kv_heads import compress_kv_heads
 from kvjax.compress.cskv import cskv
+from kvjax.compress.d2o import d2o
 from kvjax.compress.dense import dense
+from kvjax.compress.ems import ems
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
 from kvjax.compress.h2o import h2o
@@ -21,6 +24,7 @@ from kvjax.compress.kvzip import kvzip
 from kvjax.compress.mikv import mikv
 from kvjax.compress.mustafar import mustafar
 from kvjax.compress.parse import METHODS, parse
+from kvjax.compress.prefixkv import prefixkv
 from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
 from kvjax.compress.rotatekv import rotatekv
@@ -35,9 +39,12 @@ from kvjax.compress.xkv import xkv
 __all__ = [
     "METHODS",
     "adakv",
+    "chelsea",
     "compress_kv_heads",
     "cskv",
+    "d2o",
     "dense",
+    "ems",
     "expected_attention",
     "gear",
     "h2o",
@@ -49,6 +56,7 @@ __all__ = [
     "mikv",
     "mustafar",
     "parse",
+    "prefixkv",
     "pyramidkv",
     "random_eviction",
     "rotatekv",

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from kvjax.cache import (
+    Absorb,
     Budget,
     Chain,
     Chosen,
@@ -54,9 +55,7 @@ def split(
 ) -> tuple[int | Share, int | Share]:
     """A budget as (recent, heavy): `recent` is the part of it that goes to the newest tokens."""
     tokens, keep = size(method, keep, tokens, default=default, least=2)
-    if not (_is_number(recent) and 0 < recent < 1):
-        raise ValueError(f"{method}(recent_part={recent!r}): a part of the budget lies in (0, 1)")
-    part = as_fraction(recent)
+    part = as_fraction(part_of(method, recent))
     if keep is not None:
         whole = as_fraction(keep)
         return share(whole * part), share(whole * (1 - part))
@@ -64,12 +63,25 @@ def split(
     return newest, tokens - newest
 
 
+def part_of(method: str, recent: float) -> float:
+    """Checks the part of a budget that goes to the newest tokens."""
+    if not (_is_number(recent) and 0 < recent < 1):
+        raise ValueError(f"{method}(recent_part={recent!r}): a part of the budget lies in (0, 1)")
+    return recent
+
+
 def pruned(
-    n: int | None, keep: float | None, score: Score, storage: Storage, budget: Budget | None = None
+    n: int | None,
+    keep: float | None,
+    score: Score,
+    storage: Storage,
+    budget: Budget | None = None,
+    absorb: Absorb | None = None,
 ) -> Chain:
     """The best of a prompt by `score`, then `storage` (None: exactly), each head by itself."""
     ragged = budget is not None and budget.ragged
-    return chain(prune(n, score, keep=keep, budget=budget), each_head(held(storage), ragged))
+    best = prune(n, score, keep=keep, budget=budget, absorb=absorb)
+    return chain(best, each_head(held(storage), ragged))
 
 
 def each_head(storage: Chain, ragged: bool) -> Chain:
