@@ -43,7 +43,7 @@ def size(
         )
     if keep is None and tokens is None:
         keep, tokens = (default, None) if isinstance(default, float) else (None, default)
-    if keep is not None and not (_is_number(keep) and 0 < keep <= 1):
+    if keep is not None and not (is_number(keep) and 0 < keep <= 1):
         raise ValueError(f"{method}(keep={keep!r}): a fraction of the prompt lies in (0, 1]")
     if tokens is not None and not (isinstance(tokens, int) and tokens >= least):
         raise ValueError(f"{method}(tokens={tokens!r}): expected an integer of at least {least}")
@@ -65,7 +65,7 @@ def split(
 
 def part_of(method: str, recent: float) -> float:
     """Checks the part of a budget that goes to the newest tokens."""
-    if not (_is_number(recent) and 0 < recent < 1):
+    if not (is_number(recent) and 0 < recent < 1):
         raise ValueError(f"{method}(recent_part={recent!r}): a part of the budget lies in (0, 1)")
     return recent
 
@@ -167,5 +167,6 @@ def grouped(bits: int, axis: str = "token", group: int | None = None, parts: int
     return dense() if bits == 16 else quantize(bits, axis, group, parts=parts)
 
 
-def _is_number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
+    """Whether x is an int or a float."""
     return isinstance(x, int | float) and not isinstance(x, bool)

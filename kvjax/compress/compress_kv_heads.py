@@ -2,7 +2,7 @@
 
 from kvjax.cache import Chain, chain, first, store
 from kvjax.codecs import merge_heads, per_kv, quantize
-from kvjax.compress.common import bits_of
+from kvjax.compress.common import bits_of, is_number
 
 KEYS, VALUES = "merged_keys", "merged_values"
 ROPES = ("after", "before", "commuting")
@@ -61,7 +61,7 @@ def compress_kv_heads(
             "the heads or their number"
         )
     keep = 0.5 if keep is None else keep
-    if isinstance(keep, bool | str) or not 0 < keep <= 1:
+    if not is_number(keep) or not 0 < keep <= 1:
         raise ValueError(f"compress_kv_heads(keep={keep!r}): a share of the heads lies in (0, 1]")
     if kv_heads is not None and not (isinstance(kv_heads, int) and kv_heads >= 1):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvjax.cache import Chain, best_pages, chain, layer_bases
 from kvjax.codecs import compose, quantize, rotate
-from kvjax.compress.common import Storage, bits_of, held
+from kvjax.compress.common import Storage, bits_of, held, is_number
 
 
 def xkv(
@@ -71,7 +71,7 @@ def xkv(
             raise ValueError(f"xkv({name}={number!r}): expected an integer of at least 1")
     for name, rank in (("key_rank", key_rank), ("value_rank", value_rank)):
         share = isinstance(rank, float)
-        if isinstance(rank, bool) or not (0 < rank <= 1 if share else rank >= 1):
+        if not is_number(rank) or not (0 < rank <= 1 if share else rank >= 1):
             raise ValueError(
                 f"xkv({name}={rank!r}): expected a rank of at least 1, or a share in (0, 1] of the "
                 "channels of a group's layers"
