@@ -42,6 +42,7 @@ from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
 from kvjax.cache.heavy import Growth, growth, heavy
 from kvjax.cache.importance import global_local, protect
+from kvjax.cache.prefix import prefix
 from kvjax.cache.prune import prune
 from kvjax.cache.readers import Reader, best_pages
 from kvjax.cache.recurrent import Recurrence, previous
@@ -60,7 +61,7 @@ from kvjax.cache.scores import (
 )
 from kvjax.cache.share import Share, share
 from kvjax.cache.stage import Carried, Column, Commit, InputMark, Mark, Replay, Stage, Statistic
-from kvjax.cache.stages import by_position, first, prefix, recent
+from kvjax.cache.stages import by_position, first, recent
 from kvjax.cache.store import Store, store
 from kvjax.cache.types import (
     KV,

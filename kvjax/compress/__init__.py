@@ -16,6 +16,7 @@ from kvjax.compress.ems import ems
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
 from kvjax.compress.h2o import h2o
+from kvjax.compress.hydragen import hydragen
 from kvjax.compress.keydiff import keydiff
 from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
@@ -48,6 +49,7 @@ __all__ = [
     "expected_attention",
     "gear",
     "h2o",
+    "hydragen",
     "keydiff",
     "kivi",
     "knorm",
