@@ -44,7 +44,7 @@ from kvjax.cache.heavy import Growth, growth, heavy
 from kvjax.cache.importance import global_local, protect
 from kvjax.cache.prefix import prefix
 from kvjax.cache.prune import prune
-from kvjax.cache.readers import Reader, best_pages
+from kvjax.cache.readers import Reader, best_pages, best_tokens
 from kvjax.cache.recurrent import Recurrence, previous
 from kvjax.cache.replay import replayed, replayed_attention
 from kvjax.cache.ring import Window
@@ -117,6 +117,7 @@ __all__ = [
     "attend_new",
     "attend_slots",
     "best_pages",
+    "best_tokens",
     "by_position",
     "chain",
     "chosen",

@@ -12,6 +12,7 @@ from kvjax.compress.compress_kv_heads import compress_kv_heads
 from kvjax.compress.cskv import cskv
 from kvjax.compress.d2o import d2o
 from kvjax.compress.dense import dense
+from kvjax.compress.double_sparsity import double_sparsity
 from kvjax.compress.ems import ems
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
@@ -45,6 +46,7 @@ __all__ = [
     "cskv",
     "d2o",
     "dense",
+    "double_sparsity",
     "ems",
     "expected_attention",
     "gear",
