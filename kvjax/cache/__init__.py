@@ -42,8 +42,9 @@ from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
 from kvjax.cache.heavy import Growth, growth, heavy
 from kvjax.cache.importance import global_local, protect
+from kvjax.cache.prefix import prefix
 from kvjax.cache.prune import prune
-from kvjax.cache.readers import Reader, best_pages
+from kvjax.cache.readers import Reader, best_pages, best_tokens
 from kvjax.cache.recurrent import Recurrence, previous
 from kvjax.cache.replay import replayed, replayed_attention
 from kvjax.cache.ring import Window
@@ -60,7 +61,7 @@ from kvjax.cache.scores import (
 )
 from kvjax.cache.share import Share, share
 from kvjax.cache.stage import Carried, Column, Commit, InputMark, Mark, Replay, Stage, Statistic
-from kvjax.cache.stages import by_position, first, prefix, recent
+from kvjax.cache.stages import by_position, first, recent
 from kvjax.cache.store import Store, store
 from kvjax.cache.types import (
     KV,
@@ -116,6 +117,7 @@ __all__ = [
     "attend_new",
     "attend_slots",
     "best_pages",
+    "best_tokens",
     "by_position",
     "chain",
     "chosen",

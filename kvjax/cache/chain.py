@@ -93,6 +93,14 @@ class Chain:
         """Names of the constants that the stages read."""
         return _union(stage.constants(width) for stage in self.stages)
 
+    def given(self, constants: Mapping[str, Any], batch: int) -> tuple[Array, int] | None:
+        """Tokens that rows see before any is committed; see `Stage.given`."""
+        found = [stage.given(constants, batch) for stage in self.stages]
+        found = [one for one in found if one is not None]
+        if not found:
+            return None
+        return sum(rows for rows, _ in found[1:]) + found[0][0], sum(most for _, most in found)
+
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         return _union(stage.statistics for stage in self.stages)
@@ -155,10 +163,16 @@ class Chain:
     ) -> tuple[Partial, tuple[Any, ...]]:
         """Attention of the query rows over everything held: a fold of the stages' partials."""
         if isinstance(state, Pending):
-            return _attend(_attend_pending, state, layer, query, carry)
+            done, carry = _attend(_attend_pending, state, layer, query, carry)
+            for stage in self.stages:
+                if stage.given(query.constants, query.q.shape[0]) is not None:
+                    done = merge(done, stage.attend(None, layer, query, ())[0])
+            return done, carry
         if any(getattr(stage, "positions", "true") == "slot" for stage in self.stages):
             opening = jnp.min(jnp.where(query.pos >= 0, query.pos, FOREVER), 1)
-            query = dataclasses.replace(query, gap=opening - self.held(state))
+            given = self.given(query.constants, query.q.shape[0])
+            held = self.held(state) + (0 if given is None else given[0])
+            query = dataclasses.replace(query, gap=opening - held)
         shape = query.q.shape[:3]
         done, carry = None, list(carry)
         for place, (stage, own) in enumerate(zip(self.stages, state)):

@@ -141,7 +141,14 @@ def _read(cache: Cache, stage: Store, own: Stored, index: int, layer: int, new: 
     held, page = of(own.seen), stage.reader.page
     coded = stage._coded(held)
     grouped = query.grouped(q, own.spec.kv_heads)
-    chosen = stage.reader.select(jax.tree.map(of, own.index), query, grouped, coded // page)
+    if index < stage.reader.whole:
+        return np.ones((own.spec.batch, own.spec.kv_heads, cache.max_length), bool)
+    given = {name: of(cache.constants[name]) for name in stage.reader.constants}
+    chosen = stage.reader.select(
+        jax.tree.map(of, own.index), query, grouped, coded // page, constants=given
+    )
+    if stage.reader.apart:  # what any query head of a key-value head reads
+        chosen = chosen.reshape(*grouped.shape[:2], -1)
     pos, chosen, coded, held = (np.asarray(x) for x in (of(own.pos), chosen, coded, held))
     batch, heads = own.spec.batch, own.spec.kv_heads
     out = np.zeros((batch, heads, cache.max_length), bool)

@@ -206,6 +206,14 @@ class Stage:
         """Names of the constants that it reads, for heads of `width` channels."""
         return ()
 
+    def given(self, constants: Mapping[str, Any], batch: int) -> tuple[Array, int] | None:
+        """Tokens that rows see here though they never come by a commit; None: there are none.
+
+        Returns:
+          (tokens of each row, int32 [B]; the most of any row, static).
+        """
+        return None
+
     def init(self, spec: Spec) -> Any:
         """An empty state able to hold what `spec` says can come. Raises ValueError if it can't."""
         raise NotImplementedError

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from kvjax.calibrate.base import PROGRAM, Calibration, complete, find, folder_of, load, save
 from kvjax.calibrate.compress_kv_heads import compress_kv_heads
 from kvjax.calibrate.cskv import cskv
+from kvjax.calibrate.double_sparsity import double_sparsity
 from kvjax.calibrate.kvquant import kvquant
 from kvjax.calibrate.rotatekv import rotatekv
 
 CALIBRATIONS: dict[str, Callable[..., Calibration]] = {
-    f.__name__: f for f in (kvquant, rotatekv, compress_kv_heads, cskv)
+    f.__name__: f for f in (kvquant, rotatekv, compress_kv_heads, cskv, double_sparsity)
 }
 
 __all__ = [

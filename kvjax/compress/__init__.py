@@ -12,10 +12,12 @@ from kvjax.compress.compress_kv_heads import compress_kv_heads
 from kvjax.compress.cskv import cskv
 from kvjax.compress.d2o import d2o
 from kvjax.compress.dense import dense
+from kvjax.compress.double_sparsity import double_sparsity
 from kvjax.compress.ems import ems
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
 from kvjax.compress.h2o import h2o
+from kvjax.compress.hydragen import hydragen
 from kvjax.compress.keydiff import keydiff
 from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
@@ -44,10 +46,12 @@ __all__ = [
     "cskv",
     "d2o",
     "dense",
+    "double_sparsity",
     "ems",
     "expected_attention",
     "gear",
     "h2o",
+    "hydragen",
     "keydiff",
     "kivi",
     "knorm",

@@ -15,10 +15,12 @@ from kvjax.compress.compress_kv_heads import compress_kv_heads
 from kvjax.compress.cskv import cskv
 from kvjax.compress.d2o import d2o
 from kvjax.compress.dense import dense
+from kvjax.compress.double_sparsity import double_sparsity
 from kvjax.compress.ems import ems
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
 from kvjax.compress.h2o import h2o
+from kvjax.compress.hydragen import hydragen
 from kvjax.compress.keydiff import keydiff
 from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
@@ -44,7 +46,7 @@ METHODS: dict[str, Callable[..., Chain]] = {
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
         vidkv, mustafar, kvzip, xkv, compress_kv_heads, cskv,
-        d2o, ems, chelsea, prefixkv,
+        d2o, ems, chelsea, prefixkv, hydragen, double_sparsity,
     )
 }  # fmt: skip
 

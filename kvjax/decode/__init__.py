@@ -4,6 +4,7 @@ from kvjax.decode.loop import Generation, extend, generate, positions_of, prefil
 from kvjax.decode.process import Processor, host_mask, processors, repetition_penalty
 from kvjax.decode.replay import Words, repeat_words, replay
 from kvjax.decode.sample import Sampler, greedy
+from kvjax.decode.share import share
 from kvjax.decode.text import complete, stream
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "repetition_penalty",
     "replay",
     "score",
+    "share",
     "stream",
 ]

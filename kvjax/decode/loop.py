@@ -79,8 +79,10 @@ def prefill(
       tokens: int32 [B, T].
       transform: how the cache holds tokens.
       lengths: int32 [B], tokens of each right-padded row; None: all T.
-      positions: int32 [B, T] in place of lengths (-1: padding, anywhere).
-      max_length: room per row, prompt included. new_tokens: in its place, room beyond the prompt.
+      positions: int32 [B, T] in place of lengths (-1: padding, anywhere). None: one after the
+        other, from the end of the shared prefix on where one is given.
+      max_length: room per row, prompt and shared prefix included. new_tokens: in its place, room
+        beyond them.
       chunk: tokens per forward pass; None: all at once.
       dtype: of exact keys and values; None: that of the embedding.
       exact_layers, constants, kernels, layout: see `init_cache`.
@@ -92,14 +94,20 @@ def prefill(
     tokens = jnp.asarray(tokens, jnp.int32)
     if tokens.ndim != 2:
         raise ValueError(f"tokens has shape {tokens.shape}: expected [batch, time]")
+    batch, time = tokens.shape
+    given = None
+    if isinstance(transform, Chain):
+        given = transform.given(constants or {}, batch)
     if positions is None:
         positions = positions_of(tokens, lengths)
+        if given is not None:
+            positions = jnp.where(positions >= 0, positions + given[0][:, None], -1)
     if (max_length is None) == (new_tokens is None):
         raise ValueError(
             f"max_length={max_length}, new_tokens={new_tokens}: give exactly one of the two"
         )
-    batch, time = tokens.shape
-    max_length = time + new_tokens if max_length is None else max_length
+    if max_length is None:
+        max_length = time + new_tokens + (0 if given is None else given[1])
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: at least 1 token per forward pass")
     cache = init_cache(
@@ -115,7 +123,14 @@ def prefill(
         layout=layout,
     )
     return extend(
-        model, cache, tokens, positions, phase="prefill", chunk=chunk, fresh=True, words=words
+        model,
+        cache,
+        tokens,
+        positions,
+        phase="prefill",
+        chunk=chunk,
+        fresh=given is None,
+        words=words,
     )
 
 

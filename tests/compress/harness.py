@@ -108,6 +108,9 @@ def plain_constants(chain, config) -> dict:
     found = {}
     for stage in chain.stages:
         stage = getattr(stage, "inner", stage)
+        for name in getattr(getattr(stage, "reader", None), "constants", ()):  # orders of channels
+            x = jnp.tile(jnp.arange(config.head_dim, dtype=jnp.int32)[::-1], (config.heads, 1))
+            found[name] = jnp.broadcast_to(x, (config.layers, 1, *x.shape))
         pair = getattr(stage, "codec", None)
         for codec in (pair.k, pair.v) if isinstance(pair, PerKV) else ():
             wide = isinstance(codec, AcrossHeads)

@@ -65,6 +65,10 @@ SETTINGS = {
     "chelsea": "chelsea(keep=0.5, chunk=4, sinks=2, recent=3, release=3)",
     "prefixkv": "prefixkv(keep=0.5)",
     "prefixkv, offline": "prefixkv(keep=0.5, parts=(2, 1))",
+    "hydragen": "hydragen",  # without a prefix; with one: test_hydragen.py
+    "hydragen in kivi": "hydragen(levels=2, storage=kivi(bits=4, group=4, residual=8))",
+    "double_sparsity": "double_sparsity(tokens=6, channels=3, dense_layers=0)",
+    "double_sparsity 4 bits": "double_sparsity(tokens=6, channels=4, bits=4, dense_layers=1)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, storage=gear(bits=2, group=4, buffer=8, span=8))",
@@ -109,6 +113,9 @@ LIMITS = {
     "xkv": "xkv(key_rank=1.0, value_rank=1.0)",
     "xkv, selective": "xkv(key_rank=1.0, value_rank=1.0, budget=24, outliers=1)",
     "compress_kv_heads": "compress_kv_heads(keep=1.0)",
+    "hydragen": "hydragen(levels=3)",
+    "double_sparsity": "double_sparsity(tokens=32, channels=4, bits=2, dense_layers=0)",
+    "double_sparsity, no sparse layer": "double_sparsity(tokens=2, channels=8)",
     "compress_kv_heads, before": "compress_kv_heads(keep=1.0, rope='before')",
     "xkv, all of it local": "xkv(key_rank=1, value_rank=1, budget=8, local=3)",
 }
@@ -116,6 +123,7 @@ LIMITS = {
 # compress_kv_heads, whose budget is of heads.
 EVERYTHING = {n for n, f in METHODS.items() if "keep" not in inspect.signature(f).parameters}
 EVERYTHING |= {"mikv", "mikv, growing", "xkv, selective", "compress_kv_heads", "cskv 4 bits"}
+EVERYTHING |= {"hydragen in kivi", "double_sparsity 4 bits"}
 EXACT = 2e-5  # of logits of size about 3: float32 sums in another order
 # Sums in another order may move a float16 scale by its rounding, or at a tie a code by a step. What
 # the cases look for (a wrong row, a felt NaN) moves logits by 0.5 and more.
@@ -284,6 +292,10 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("compress_kv_heads(keep=0.25)", 0.27, 0.29),
         # a rank per token and group, the maps of 512 ranks, and 32 exact tokens
         ("xkv", 0.27, 0.29),
+        ("hydragen", 1.0 - 1e-9, 1.001),  # nothing is shared
+        # all, and labels of 32 channels for each of 2 heads of 64, keys and values
+        ("double_sparsity", 1.24, 1.26),
+        ("double_sparsity(bits=4)", 1.03, 1.05),
         # Half of 512, 32 of 544 tokens exactly: 0.53; and 4 matrices of 128 x 64 each layer: 0.12.
         ("cskv", 0.64, 0.66),
         ("cskv(bits=4)", 0.30, 0.32),  # 2.5 bits: 0.07; 63 tokens may wait exactly: 0.12; 0.12
