@@ -26,7 +26,8 @@ from absl import app, flags
 
 from experiments import common
 from kvjax import cache as kv
-from kvjax.compress import dense, kivi
+from kvjax.calibrate import find
+from kvjax.compress import dense, kivi, parse
 from kvjax.decode import generate, prefill
 from kvjax.models import Config, Model, forward, load, save_pretrained
 from kvjax.models.llama import flatten, parameters
@@ -35,7 +36,12 @@ flags.DEFINE_string("model", "smollm2-135m", "Name or path for kvjax.load.")
 flags.DEFINE_enum("peer", None, ["transformers"], "Run beside it (needs torch and transformers).")
 flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", lower_bound=1)
 flags.DEFINE_integer("tokens", 32, "Tokens decoded per run.", lower_bound=1)
-PARTS = ("decode", "capacity", "long", "kivi", "compile", "prefill")
+flags.DEFINE_string("methods", "", "Expressions, for decode speed beside dense in one run.")
+flags.DEFINE_list("held", ["2048", "8192"], "Tokens held when `methods` are measured.")
+flags.DEFINE_string(
+    "calibration", "results/calibration", "Folder of `experiments.calibrate`, for `methods`."
+)
+PARTS = ("decode", "capacity", "long", "kivi", "compile", "prefill", "methods")
 flags.DEFINE_list("only", [], f"Parts to run: {', '.join(PARTS)}; empty: all.")
 flags.DEFINE_string("out", "results/benchmark", "Folder for results.json.")
 FLAGS = flags.FLAGS
@@ -47,6 +53,8 @@ COLUMNS = {
     "milliseconds": "ms|.2f",
     "tokens_per_second": "tok/s|.1f",
     "of_roofline": "of roofline|.0%",
+    "bytes_per_token": "bytes/token|,.0f",
+    "bits_per_value": "bits/value|.2f",
     "ratio_to_peer": "vs transformers|.2f",
     "note": "note",
 }
@@ -246,15 +254,39 @@ def capacity_part(model: Model, bandwidth: Bandwidth, results: Any) -> None:
     results.put(row | {"speed_of_capacity_512": speed, "note": f"{speed:.2f} x capacity 512"})
 
 
-def long_part(model: Model, bandwidth: Bandwidth, results: Any, with_kivi: bool) -> None:
+def size(model: Model, case: Case) -> dict[str, float]:
+    """Bytes allocated per token of the capacity, and per value that dense would hold of it."""
+    each = kv.nbytes(filled(model, case)[1]) / case.capacity / case.batch
+    config = model.config
+    values = 2 * config.layers * config.kv_heads * config.head_dim
+    return {"bytes_per_token": each, "bits_per_value": 8 * each / values}
+
+
+def constants_of(model: Model, label: str, chain: Any) -> Any:
+    """What a calibrated method reads; ValueError, and how to make it, where there is none."""
+    names = chain.constants(model.config.head_dim)
+    return find(FLAGS.calibration, label, names, model) if names else None
+
+
+def long_part(
+    model: Model, bandwidth: Bandwidth, results: Any, held: int, methods: dict[str, Any]
+) -> None:
+    """Dense and methods (label -> chain) when `held` tokens are held at the end."""
     tokens = FLAGS.tokens
-    cases = [Case("dense, 8192 held", 8192 - tokens, 8192)]
-    if with_kivi:
-        cases.append(Case("kivi(bits=4), 8192 held", 8192 - tokens, 8192, method=kivi(bits=4)))
-    runs = {c.name: decoder(model, c, tokens) for c in cases}
+    cases = [Case(f"dense, {held} held", held - tokens, held)]
+    for label, chain in methods.items():
+        given = constants_of(model, label, chain)
+        cases.append(Case(f"{label}, {held} held", held - tokens, held, 1, chain, given))
+    runs, sizes = {}, {}
+    for case in cases:
+        try:
+            sizes[case.name], runs[case.name] = size(model, case), decoder(model, case, tokens)
+        except ValueError as wrong:  # needs more of a prompt than random keys and values
+            common.console.print(f"left out: {case.name}: {wrong}", highlight=False)
+    cases = [case for case in cases if case.name in runs]
     seconds = interleaved(runs, FLAGS.rounds, bandwidth)
     for case in cases:
-        row = timing(case.name, seconds[case.name], 1)
+        row = timing(case.name, seconds[case.name], 1) | sizes[case.name]
         row["of_roofline"] = of_roofline(seconds, case.name, read_bytes(model, case, tokens))
         if case.method is not None:
             row["speed_of_dense"] = ratio(seconds, cases[0].name, case.name)
@@ -364,12 +396,19 @@ def main(argv: list[str]) -> None:
         "model": FLAGS.model, "peer": FLAGS.peer, "rounds": FLAGS.rounds, "tokens": FLAGS.tokens
     }  # fmt: skip
     try:
+        methods = dict(parse(FLAGS.methods)) if FLAGS.methods else {}
+        lengths = [int(n) for n in FLAGS.held]
+        if min(lengths, default=0) <= FLAGS.tokens:
+            raise ValueError(f"held={FLAGS.held}: expected more than tokens={FLAGS.tokens}")
         results = common.Results(FLAGS.out, settings, key="case")
+    except (ValueError, OSError) as error:
+        raise app.UsageError(str(error)) from None
+    model, _ = load(FLAGS.model, tokenizer=False)
+    try:
+        for label, chain in methods.items():
+            constants_of(model, label, chain)
     except ValueError as error:
         raise app.UsageError(str(error)) from None
-    except OSError as error:
-        raise app.UsageError(f"out={FLAGS.out!r}: {error}") from None
-    model, _ = load(FLAGS.model, tokenizer=False)
     bandwidth = Bandwidth()
     peer = Peer(model) if FLAGS.peer else None
     with common.console.status("measuring"):
@@ -378,7 +417,10 @@ def main(argv: list[str]) -> None:
         if "capacity" in parts:
             capacity_part(model, bandwidth, results)
         if parts & {"long", "kivi"}:
-            long_part(model, bandwidth, results, "kivi" in parts)
+            four = {"kivi(bits=4)": kivi(bits=4)} if "kivi" in parts else {}
+            long_part(model, bandwidth, results, 8192, four)
+        for held in lengths if "methods" in parts and methods else ():
+            long_part(model, bandwidth, results, held, methods)
         if "prefill" in parts:
             prefill_part(model, peer, bandwidth, results)
         if "compile" in parts:

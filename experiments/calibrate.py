@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import common
-from kvjax.calibrate import CALIBRATIONS, complete, folder_of, load, save
+from kvjax.calibrate import CALIBRATIONS, PROGRAM, complete, folder_of, load, save
 from kvjax.compress import parse
 from kvjax.evaluate import load_text, samples
 from kvjax.models import load as load_model
@@ -51,6 +51,12 @@ def main(argv: list[str]) -> None:
     try:
         chosen = common.settings(FLAGS, NAMES, ())
         methods = dict(parse(chosen["methods"], CALIBRATIONS))
+        for label, calibration in methods.items():
+            if calibration.program not in (None, PROGRAM):
+                raise ValueError(
+                    f"methods: {label} is trained, not calibrated: run "
+                    f"{calibration.command(label, chosen['out'])}"
+                )
         model, tokenizer = load_model(chosen["model"])
         starts = [chosen["offset"] + i * chosen["tokens"] for i in range(chosen["samples"])]
         text = load_text(chosen["text"])

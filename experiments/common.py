@@ -93,7 +93,10 @@ class Results:
     def _load(self) -> None:
         """The rows of before; of several processes only the main one reads and writes."""
         key = self.key
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out={str(self.path.parent)!r}: {error}") from None
         if self.path.exists():
             try:
                 old = json.loads(self.path.read_text())

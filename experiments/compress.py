@@ -7,8 +7,6 @@ One exact prefill per prompt is computed, and what it returned is committed unde
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import time
 import traceback
 from typing import Any
@@ -23,19 +21,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import common, report
 from experiments.common import setting, settings
-from experiments.exact import Exact, compressed, exact_prefill, join
+from experiments.exact import Exact, asked, compressed, exact_prefill, with_salience
 from kvjax import cache as kv
 from kvjax import parallel
 from kvjax.calibrate import find
 from kvjax.compress import parse
-from kvjax.decode import extend, generate, positions_of, score
-from kvjax.evaluate import agreement, found, load_text, needles, samples
-from kvjax.models import forward, load
+from kvjax.compress.vidkv import SALIENCE
+from kvjax.decode import extend, generate, positions_of, repeat_words, score
+from kvjax.evaluate import agreement, first_right, load_text, needles, samples
+from kvjax.models import load
 
 METHODS = (
     "dense; streaming_llm(keep=0.25); h2o(keep=0.25); tova(keep=0.25); snapkv(keep=0.25); "
     "pyramidkv(keep=0.25); adakv(keep=0.25); expected_attention(keep=0.25); keydiff(keep=0.25); "
-    "knorm(keep=0.25); kivi(bits=4); kivi(bits=2); gear(bits=2); mikv; "
+    "knorm(keep=0.25); random_eviction(keep=0.25); kvzip(keep=0.25); kivi(bits=4); kivi(bits=2); "
+    "gear(bits=2); mikv; "
     "snapkv(keep=0.5, storage=kivi(bits=4))"
 )
 
@@ -94,6 +94,7 @@ SETTINGS = (
 OTHERS = ("methods", "out", "compile_cache", "mesh", "calibration")
 SEGMENT = 32  # tokens per scoring call, also the unit of timing
 ANSWER = 8  # tokens decoded per needle
+QUESTION = 32  # last tokens of a prompt, which say what is salient to methods that ask for it
 
 
 class Job:
@@ -112,6 +113,7 @@ class Job:
         where = None if layout is None else parallel.parameter_sharding(layout.mesh, layout.rules)
         self.model, self.tokenizer = load(settings["model"], dtype=self.dtype, sharding=where)
         self.config = self.model.config
+        self.words = repeat_words(self.tokenizer)
         self.constants = {}  # by label: equal chains may have been calibrated differently
         self.given: Any = None  # those of the method that is running
         for label, chain in methods:
@@ -142,12 +144,16 @@ class Job:
         )
         self.dense_cache: Any = None
         self.dense_logits: Array | None = None
-        self.needle_exact: list[tuple[Exact, Any, Array]] = []
+        self.needle_exact: list[tuple[Exact, Exact]] = []  # without the question, with it
         for batch in self.needles:
             tokens = self._rows([n.context for n in batch])
             exact = exact_prefill(self.model, tokens, timed=False, marks=self.marks)
             question = self._rows([n.question for n in batch])
-            self.needle_exact.append((exact, *self._question(exact, question)))
+            both = asked(
+                self.model, exact, question, positions_of(question) + exact.time, self.marks,
+                self.layout, self.dtype,
+            )  # fmt: skip
+            self.needle_exact.append((exact, both))
 
     def _rows(self, tokens: Any) -> Array:
         """Token ids [B, T] on the devices that hold these rows."""
@@ -191,24 +197,12 @@ class Job:
                 except ValueError as error:
                     raise ValueError(f"{label}, prompt of {prompt} tokens: {error}") from None
 
-    def _question(self, exact: Exact, question: Array) -> tuple[Any, Array]:
-        """The question's rows, computed exactly after the context: (new, logits [B, V])."""
-        cache = kv.init_cache(
-            self.config, kv.chain(kv.store()), exact.batch, exact.time + question.shape[1],
-            prompt=exact.time, dtype=self.dtype, layout=self.layout,
-        )  # fmt: skip
-        cache = kv.commit(cache, exact.new, phase="prefill")
-        positions = positions_of(question) + exact.time
-        logits, new = jax.jit(
-            functools.partial(
-                forward, logits="last", statistics=True, phase="append", marks=self.marks
-            )
-        )(self.model, question, positions, cache)
-        return join(exact.new, new), logits[:, 0]
-
     def _compressed(self, exact: Exact, chain: Any, room: int, timed: bool = False) -> Any:
-        dtype, layout, given = self.dtype, self.layout, self.given
-        return compressed(self.config, exact, chain, room, dtype, timed, layout, given)
+        if SALIENCE in chain.columns:
+            exact = with_salience(self.model, exact, QUESTION)
+        return compressed(
+            self.model, exact, chain, room, self.dtype, timed, self.layout, self.given, self.words
+        )
 
     def run(self, label: str, chain: Any, progress: Any) -> dict[str, Any]:
         """All figures of one method."""
@@ -260,15 +254,13 @@ class Job:
 
     def needle_test(self, chain: Any) -> dict[str, Any]:
         hits: dict[str, list[bool]] = {mode: [] for mode in self.settings["needle_modes"]}
-        for batch, (exact, whole, logits) in zip(self.needles, self.needle_exact):
+        for batch, (exact, both) in zip(self.needles, self.needle_exact):
             question = self._rows([n.question for n in batch])
-            asked = question.shape[1]
             if "aware" in hits:
-                both = dataclasses.replace(exact, new=whole, logits=logits, time=exact.time + asked)
                 cache, _ = self._compressed(both, chain, ANSWER)
-                hits["aware"] += self._answers(cache, logits, batch)
+                hits["aware"] += self._answers(cache, both.logits, batch)
             if "agnostic" in hits:
-                cache, _ = self._compressed(exact, chain, asked + ANSWER)
+                cache, _ = self._compressed(exact, chain, question.shape[1] + ANSWER)
                 positions = positions_of(question) + exact.time
                 after, cache = extend(self.model, cache, question, positions, phase="append")
                 hits["agnostic"] += self._answers(cache, after, batch)
@@ -278,7 +270,7 @@ class Job:
     def _answers(self, cache: Any, logits: Array, batch: Any) -> list[bool]:
         out = generate(self.model, cache, logits, ANSWER, stop=(), donate=True)
         texts = self.tokenizer.decode_batch(parallel.fetch(out.tokens))
-        return [found(needle.answer, text) for needle, text in zip(batch, texts)]
+        return [first_right(needle, text) for needle, text in zip(batch, texts)]
 
     def speed(self, own: Any) -> dict[str, Any]:
         """Decode speed from a cache, rounds of this method and of dense by turns."""
@@ -340,10 +332,8 @@ def main(argv: list[str]) -> None:
         layout = parallel.Layout(parallel.make_mesh(mesh)) if mesh else None
         calibration = setting(FLAGS, "calibration")
         results = common.Results(out, settings)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from None
-    except OSError as error:
-        raise app.UsageError(f"out={out!r}: {error}") from None
     if keep_compiled:
         common.compile_cache()
     order = [label for label, _ in methods]

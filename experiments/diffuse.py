@@ -297,10 +297,8 @@ def main(argv: list[str]) -> None:
         if setting(FLAGS, "compile_cache"):
             common.compile_cache()
         job = Job(settings)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from None
-    except OSError as error:
-        raise app.UsageError(f"out={out!r}: {error}") from None
     order = []
     for task in settings["tasks"]:
         for label, unmasker in unmaskers[task]:

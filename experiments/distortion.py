@@ -31,7 +31,7 @@ from experiments import common
 from kvjax.cache import rope_of, rotate
 from kvjax.calibrate import find
 from kvjax.calibrate.kvquant import fit
-from kvjax.codecs import Codec, compose, quantize
+from kvjax.codecs import Codec, Sparse, compose, dense, quantize, sparse
 from kvjax.codecs import rotate as rotated
 from kvjax.compress import parse
 from kvjax.decode import positions_of
@@ -70,6 +70,8 @@ FAMILIES: dict[str, list[Codec | str]] = {
         "vidkv(key_bits=1.75)",
         "vidkv(key_bits=2, value_bits=2)",
     ],
+    "mustafar, entries of 4 bits": [sparse(s, quantize(4)) for s in (0.9, 0.7, 0.5)],
+    "mustafar, entries of 16 bits": [sparse(s, dense("bfloat16")) for s in (0.9, 0.7, 0.5)],
     "rotatekv": [f"rotatekv(bits={b})" for b in (2, 3, 4)],
     "kvquant": [f"kvquant(bits={b})" for b in (2, 3, 4)],
 }
@@ -92,6 +94,11 @@ def reason(family: str, label: str, source: str) -> str:
     real_keys = source.startswith("keys")
     if "bits=1)" in label or label.endswith(" 1 bits"):
         return "its two levels stand at the ends of the range, where few numbers are"
+    if family.startswith("mustafar"):
+        return (
+            "no quantiser: a bit per value says where the entries are, each of them has the same "
+            "width however large, and all that is pruned is error"
+        )
     if family == "gear":
         return (
             "two factors of rank 2 per 64 tokens take a bit per value, and the error they code "
@@ -161,6 +168,8 @@ def label_of(family: str, entry: Codec | str) -> str:
     """A name for the table: the method, or the family and the width of a code."""
     if isinstance(entry, str):
         return entry
+    if isinstance(entry, Sparse):
+        return f"{family}, {entry.sparsity:.0%} pruned"
     return f"{family}, {getattr(entry, 'code_bits', None) or entry.parts[-1].code_bits} bits"
 
 

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax import cache as kv
-from kvjax.decode import positions_of
+from kvjax.compress.vidkv import SALIENCE, salience
+from kvjax.decode import positions_of, replay
 from kvjax.models import forward
+from kvjax.models.llama import flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Exact:
     Attributes:
       new: keys, values and statistics of all rows. logits: [B, V] of the last row.
       batch, time: its size. seconds: of the second run.
+      tokens: int32 [B, T], the prompts; their positions are those of `new`.
     """
 
     new: Any
@@ -30,6 +33,7 @@ class Exact:
     batch: int
     time: int
     seconds: float
+    tokens: Array | None = None
 
 
 @functools.partial(jax.jit, static_argnames="marks")
@@ -45,32 +49,84 @@ def _commit(moving: Any, rest: Any, new: Any) -> Any:
     return kv.apart(kv.finish(kv.commit(kv.together(moving, rest), new, phase="prefill")))[0]
 
 
-def exact_prefill(model: Any, tokens: Array, timed: bool, marks: tuple = ()) -> Exact:
-    positions = positions_of(tokens)
+@jax.jit
+def _hold(moving: Any, rest: Any, new: Any) -> Any:
+    return kv.apart(kv.commit(kv.together(moving, rest), new, phase="prefill"))[0]
+
+
+@jax.jit
+def _finish(moving: Any, rest: Any) -> Any:
+    return kv.apart(kv.finish(kv.together(moving, rest)))[0]
+
+
+def exact_prefill(
+    model: Any, tokens: Array, timed: bool, marks: tuple = (), lengths: Array | None = None
+) -> Exact:
+    """Runs prompts [B, T], right-padded where `lengths` [B] says so."""
+    positions = positions_of(tokens, lengths)
     seconds = 0.0
     for _ in range(2 if timed else 1):
         start = time.perf_counter()
         logits, new = jax.block_until_ready(_forward(model, tokens, positions, marks))
         seconds = time.perf_counter() - start
-    return Exact(new, logits, *tokens.shape, seconds)
+    return Exact(new, logits, *tokens.shape, seconds, tokens)
+
+
+def with_salience(model: Any, exact: Exact, text: int) -> Exact:
+    """Its tokens with the column "salience" that VidKV reads: the last `text` of them are the
+    question, the others are what a video would be, each worth its likeness to the question."""
+    visual = jnp.broadcast_to(jnp.arange(exact.time) < exact.time - text, exact.tokens.shape)
+    worth = salience(flatten(model)["embed"][exact.tokens], visual)
+    rows = exact.new.kv
+    column = jnp.broadcast_to(worth[None, :, None], rows.k.shape[:4])
+    rows = dataclasses.replace(rows, extra={**rows.extra, SALIENCE.name: column})
+    return dataclasses.replace(exact, new=dataclasses.replace(exact.new, kv=rows))
 
 
 def compressed(
-    config: Any, exact: Exact, chain: Any, room: int, dtype: Any, timed: bool = False,
-    layout: Any = None, constants: Any = None,
+    model: Any, exact: Exact, chain: Any, room: int, dtype: Any, timed: bool = False,
+    layout: Any = None, constants: Any = None, words: Any = None,
 ) -> tuple[Any, float]:  # fmt: skip
-    """The cache of a method after an exact prefill; seconds that commit and finish took."""
+    """The cache of a method after an exact prefill; seconds that commit and finish took, and the
+    replay where the method asks for one (`words`: see `kvjax.decode.replay`)."""
     cache = kv.init_cache(
-        config, chain, exact.batch, exact.time + room, prompt=exact.time, dtype=dtype,
+        model.config, chain, exact.batch, exact.time + room, prompt=exact.time, dtype=dtype,
         constants=constants, layout=layout,
     )  # fmt: skip
     moving, rest = kv.apart(cache)
     seconds = 0.0
     for _ in range(2 if timed else 1):  # the first call compiles
         start = time.perf_counter()
-        out = jax.block_until_ready(_commit(moving, rest, exact.new))
+        if chain.replays:
+            held = kv.together(_hold(moving, rest, exact.new), rest)
+            held = replay(model, held, exact.tokens, exact.new.kv.pos[0, :, 0], words)
+            out = jax.block_until_ready(_finish(*kv.apart(held)))
+        else:
+            out = jax.block_until_ready(_commit(moving, rest, exact.new))
         seconds = time.perf_counter() - start
     return kv.together(out, rest), seconds
+
+
+def asked(
+    model: Any, exact: Exact, question: Array, positions: Array, marks: tuple = (),
+    layout: Any = None, dtype: Any = jnp.float32,
+) -> Exact:  # fmt: skip
+    """The same prompts with further tokens [B, T] at their ends, computed exactly after them."""
+    cache = kv.init_cache(
+        model.config, kv.chain(kv.store()), exact.batch, exact.time + question.shape[1],
+        prompt=exact.time, dtype=dtype, layout=layout,
+    )  # fmt: skip
+    cache = kv.commit(cache, exact.new, phase="prefill")
+    logits, new = _ask(model, question, positions, cache, marks)
+    tokens = jnp.concatenate([exact.tokens, question], 1)
+    return Exact(join(exact.new, new), logits[:, 0], *tokens.shape, exact.seconds, tokens)
+
+
+@functools.partial(jax.jit, static_argnames="marks")
+def _ask(model: Any, tokens: Array, positions: Array, cache: Any, marks: tuple) -> Any:
+    return forward(
+        model, tokens, positions, cache, logits="last", statistics=True, phase="append", marks=marks
+    )
 
 
 def join(a: Any, b: Any) -> Any:

@@ -10,7 +10,6 @@ last evaluation), results.json, training.png and the checkpoints of training.
 from __future__ import annotations
 
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,16 +20,16 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 from ml_collections import config_flags
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import common
 from experiments.common import setting, settings
+from experiments.training import BY_STEP, resumed
 from kvjax.data import ListOperations, batches
 from kvjax.data.list_operations import EOS, MASK, VOCABULARY, correct, tokenizer
 from kvjax.diffusion import Choice, blocks, denoise, quota
 from kvjax.evaluate import ideal_accuracy
 from kvjax.models import Config, RopeConfig, init, save_pretrained
-from kvjax.train import Checkpoints, fit, masked_diffusion, measure, start, train_step
+from kvjax.train import fit, masked_diffusion, measure, start, train_step
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -75,7 +74,6 @@ SETTINGS = (
 OTHERS = ("checkpoint_every", "out", "compile_cache")
 HELD_OUT = 1_000_003  # added to the seed: another set than that of training
 FOREVER = 2**31 - 1  # examples, more than any run uses
-BY_STEP = "training step"
 
 
 def settings_of(values: Any) -> dict[str, Any]:
@@ -223,27 +221,10 @@ def run(settings: dict[str, Any], results: common.Results, out: pathlib.Path, ev
     tests = {name: held_out(settings, name) for name in settings["operations"]}
     together = jax.tree.map(lambda *parts: np.concatenate(parts), *tests.values())
     measured, slots = jax.jit(loss), settings["max_items"]
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with (
-        Checkpoints(out / "checkpoints", every) as checkpoints,
-        Progress(*columns, TimeElapsedColumn(), console=common.console) as progress,
-    ):
-        state = checkpoints.restore(state, data)
-        first = int(state.step)
-        results.rows = [r for r in results.rows if r.get("step", 0) <= first]
-        before = max((r["seconds"] for r in results.rows if "seconds" in r), default=0.0)
-        task = progress.add_task("training", total=settings["steps"], completed=first)
-        clock = time.monotonic()
-
-        def elapsed() -> float:
-            return before + time.monotonic() - clock
-
-        def report(step: int, metrics: dict[str, float]) -> None:
-            results.put({"row": f"{BY_STEP} {step}", "step": step, "seconds": elapsed(), **metrics})
-            progress.update(task, completed=step, description=f"loss {metrics['loss']:.3f}")
+    with resumed(out, every, state, data, settings["steps"], results) as ongoing:
 
         def evaluate(model: Any, step: int) -> None:
-            row = {"row": f"after {step}", "step": step, "seconds": elapsed()}
+            row = {"row": f"after {step}", "step": step, "seconds": ongoing.elapsed()}
             row["held_out_loss"] = measure(measured, model, [together], key)["loss"]
             row |= {name: accuracy(model, part, slots) for name, part in tests.items()}
             results.put(row)
@@ -256,9 +237,10 @@ def run(settings: dict[str, Any], results: common.Results, out: pathlib.Path, ev
             )  # fmt: skip
 
         state = fit(
-            train_step(loss, optimizer), state, frozen, data, settings["steps"],
-            checkpoints=checkpoints, report=report, report_every=settings["report_every"],
-            evaluate=evaluate, evaluate_every=settings["evaluate_every"],
+            train_step(loss, optimizer), ongoing.state, frozen, data, settings["steps"],
+            checkpoints=ongoing.checkpoints, report=ongoing.report,
+            report_every=settings["report_every"], evaluate=evaluate,
+            evaluate_every=settings["evaluate_every"],
         )  # fmt: skip
     save_pretrained(state.params, out / "model", tokenizer())
     rows = parallel(settings, state.params)

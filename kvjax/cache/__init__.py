@@ -4,10 +4,20 @@
 each keeping some tokens and passing the rest on. Codecs (`kvjax.codecs`): how a token is stored.
 """
 
+from kvjax.cache.absorb import Absorb, moving, nearest
 from kvjax.cache.attention import attend_new, attend_slots, received
 from kvjax.cache.axes import logical_axes
 from kvjax.cache.bases import LayerBases, layer_bases
-from kvjax.cache.budgets import Budget, adaptive, pyramid, uniform
+from kvjax.cache.budgets import (
+    Budget,
+    adaptive,
+    coverage,
+    evenness,
+    given,
+    overall,
+    pyramid,
+    uniform,
+)
 from kvjax.cache.buffer import compact, take
 from kvjax.cache.cache import (
     Cache,
@@ -25,13 +35,18 @@ from kvjax.cache.cache import (
     tokens_held,
 )
 from kvjax.cache.chain import Chain, Pending, chain
+from kvjax.cache.checkpoint import restore_cache, save_cache
 from kvjax.cache.chosen import Chosen, chosen
+from kvjax.cache.cluster import cluster
 from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
-from kvjax.cache.heavy import Absorb, Growth, growth, heavy, nearest
+from kvjax.cache.heavy import Growth, growth, heavy
+from kvjax.cache.importance import global_local, protect
+from kvjax.cache.prefix import prefix
 from kvjax.cache.prune import prune
-from kvjax.cache.readers import Reader, best_pages
+from kvjax.cache.readers import Reader, best_pages, best_tokens
 from kvjax.cache.recurrent import Recurrence, previous
+from kvjax.cache.replay import replayed, replayed_attention
 from kvjax.cache.ring import Window
 from kvjax.cache.scores import (
     Score,
@@ -45,8 +60,8 @@ from kvjax.cache.scores import (
     window_attention,
 )
 from kvjax.cache.share import Share, share
-from kvjax.cache.stage import Carried, Column, Commit, InputMark, Mark, Stage, Statistic
-from kvjax.cache.stages import by_position, first, prefix, recent
+from kvjax.cache.stage import Carried, Column, Commit, InputMark, Mark, Replay, Stage, Statistic
+from kvjax.cache.stages import by_position, first, recent
 from kvjax.cache.store import Store, store
 from kvjax.cache.types import (
     KV,
@@ -86,6 +101,7 @@ __all__ = [
     "Query",
     "Reader",
     "Recurrence",
+    "Replay",
     "Rope",
     "Score",
     "Share",
@@ -101,14 +117,20 @@ __all__ = [
     "attend_new",
     "attend_slots",
     "best_pages",
+    "best_tokens",
     "by_position",
     "chain",
     "chosen",
+    "cluster",
     "commit",
     "compact",
+    "coverage",
+    "evenness",
     "expected_attention",
     "finish",
     "first",
+    "given",
+    "global_local",
     "growth",
     "heavy",
     "horizon",
@@ -120,20 +142,27 @@ __all__ = [
     "marked",
     "merge",
     "merge_over",
+    "moving",
     "nbytes",
     "nearest",
     "newest_attention",
+    "overall",
     "partial_attention",
     "prefix",
     "previous",
+    "protect",
     "prune",
     "pyramid",
     "random",
     "received",
     "recency",
     "recent",
+    "replayed",
+    "replayed_attention",
+    "restore_cache",
     "rope_of",
     "rotate",
+    "save_cache",
     "share",
     "span_of",
     "start",

@@ -37,7 +37,9 @@ def state_axes(own: Any) -> Any:
     if isinstance(own, Stored):
         held = _all(own, HELD)
         if isinstance(own.place, Pool):
-            place = Pool(_named(own.place.address, HELD), (None,), own.place.starts, own.place.page)
+            place = dataclasses.replace(
+                own.place, address=_named(own.place.address, HELD), owner=(None,), starts=(None,)
+            )
             pos, extra, k, v = _all((own.pos, own.extra, own.k, own.v), ("pool",))
             held = held.replace(pos=pos, extra=extra, k=k, v=v, place=place)
         rings = _all((own.k_ring, own.v_ring), WINDOW)

@@ -15,7 +15,7 @@ from kvjax.cache import buffer
 from kvjax.cache.chain import Chain, chain
 from kvjax.cache.kernels import Kernels, check_kernels
 from kvjax.cache.recurrent import Recurrence
-from kvjax.cache.stage import FOREVER, Commit, InputMark, Stage
+from kvjax.cache.stage import FOREVER, Commit, InputMark, Replay, Stage
 from kvjax.cache.types import (
     KV,
     PHASES,
@@ -72,6 +72,11 @@ class Cache:
         return tuple(dict.fromkeys(found))
 
     @property
+    def replays(self) -> tuple[Replay, ...]:
+        """Columns for which a prompt is read again before `finish`; see `kvjax.cache.replay`."""
+        return tuple(dict.fromkeys(c for n in self.chains for c in self.transforms[n].replays))
+
+    @property
     def streaming(self) -> bool:
         return all(t.streaming for t in self.transforms)
 
@@ -79,6 +84,13 @@ class Cache:
     def chains(self) -> tuple[int, ...]:
         """Numbers of the groups that hold keys and values."""
         return tuple(n for n, t in enumerate(self.transforms) if isinstance(t, Chain))
+
+    @property
+    def given(self) -> Array | None:
+        """Tokens of shared prefixes that each row sees, int32 [B]; None: there are none."""
+        batch = self.length.shape[0]
+        found = (self.transforms[n].given(self.constants, batch) for n in self.chains)
+        return next((rows for rows, _ in filter(None, found)), None)
 
     @property
     def recurrent(self) -> int | None:
@@ -131,7 +143,7 @@ def init_cache(
       transform: a chain (or a single stage), for the attention layers. A model without such
         layers takes `chain()`, or `chain(store())` as the exact cache of any model.
       batch: rows.
-      max_length: the most tokens that any row will ever have, prompt included.
+      max_length: the most tokens that any row will ever have, prompt and shared prefix included.
       prompt: the most of these that come as the prompt, before `finish`; 0: no prompt. After it,
         every row has room for max_length - prompt tokens: a row with a shorter prompt may have
         more where nothing was pruned, but should not count on it.
@@ -160,6 +172,27 @@ def init_cache(
         raise ValueError(f"transform={transform!r}: expected a chain of stages")
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 row")
+    constants = dict(constants or {})
+    given = transform.given(constants, batch)
+    unread = sorted(
+        name for name, x in constants.items()
+        if isinstance(x, KV) and transform.given({name: x}, batch) is None
+    )  # fmt: skip
+    if unread:
+        raise ValueError(
+            f"constants has the shared prefixes {unread}, which {transform} never reads"
+        )
+    if given is not None and config.recurrent_layers:
+        raise ValueError(
+            f"{transform}: this model has recurrent layers, whose state would not have seen a "
+            "shared prefix"
+        )
+    room = max_length if given is None else max_length - given[1]
+    if given is not None and not prompt <= room >= 1:
+        raise ValueError(
+            f"max_length={max_length}: {given[1]} tokens of shared prefixes and {prompt} of a "
+            "prompt are given, and rows need room for at least 1 token"
+        )
     if not 0 <= prompt <= max_length or max_length < 1:
         raise ValueError(
             f"prompt={prompt} and max_length={max_length}: need 0 <= prompt <= max_length"
@@ -193,7 +226,6 @@ def init_cache(
     if exact:
         plan.append((tuple(sorted(exact)), chain(store())))
     plan = [(layers, t) for layers, t in plan if layers]
-    constants = dict(constants or {})
     missing = sorted(set(transform.constants(config.head_dim)) - constants.keys())
     if missing and rest:
         raise ValueError(
@@ -213,7 +245,7 @@ def init_cache(
                 config.heads,
                 config.kv_heads,
                 config.head_dim,
-                max_length,
+                room,
                 prompt,
                 prompt,
                 dtype,
@@ -228,7 +260,7 @@ def init_cache(
             states.append(own.init(layers, batch, dtype))
         return Cache(
             tuple(states),
-            jnp.zeros((batch,), jnp.int32),
+            jnp.zeros((batch,), jnp.int32) if given is None else given[0],
             {"rope": rope_of(config, max_length), "span": span_of(config)},
             tuple(t for _, t in held),
             tuple(layers for layers, _ in held),
@@ -252,7 +284,9 @@ def rope_of(config: Any, length: int) -> Rope:
         rule = config.rope
         if config.local_rope is not None and config.window(layer) is not None:
             rule = config.local_rope
-        table.append(rule.frequencies(config.rotated, config.max_length, length))
+        found, factor = rule.frequencies(config.rotated, config.max_length, length)
+        rotated = layer not in config.unrotated  # angles of zero elsewhere
+        table.append((found, factor) if rotated else (np.zeros_like(found), 1.0))
     freq = np.asarray([f for f, _ in table], np.float32).reshape(len(table), config.rotated // 2)
     return Rope(jnp.asarray(freq), jnp.asarray([s for _, s in table], jnp.float32))
 

@@ -17,6 +17,7 @@ from kvjax.cache.stage import (
     Column,
     Commit,
     InputMark,
+    Replay,
     Stage,
     Statistic,
     observe_slots,
@@ -25,7 +26,7 @@ from kvjax.cache.stage import (
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, pytree
 
 
-@pytree("spec")
+@pytree("spec", "due")
 class Pending:
     """The exact prompt of a chain that must see all of it before it can act.
 
@@ -33,12 +34,14 @@ class Pending:
       kv: every prompt token so far, in order of arrival, with all columns of the chain.
       seen: int32 [1, B, 1], tokens so far.
       stats: prompt statistics by name.
+      due: whether what is held must be replayed before it is finished; static.
     """
 
     kv: KV
     seen: Array
     stats: dict[str, Any]
     spec: Spec
+    due: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +84,22 @@ class Chain:
         """Columns that `forward` makes from what each layer reads."""
         return tuple(column for column in self.columns if isinstance(column, InputMark))
 
+    @property
+    def replays(self) -> tuple[Replay, ...]:
+        """Columns for which the prompt is read again before `finish`."""
+        return tuple(column for column in self.columns if isinstance(column, Replay))
+
     def constants(self, width: int) -> tuple[str, ...]:
         """Names of the constants that the stages read."""
         return _union(stage.constants(width) for stage in self.stages)
+
+    def given(self, constants: Mapping[str, Any], batch: int) -> tuple[Array, int] | None:
+        """Tokens that rows see before any is committed; see `Stage.given`."""
+        found = [stage.given(constants, batch) for stage in self.stages]
+        found = [one for one in found if one is not None]
+        if not found:
+            return None
+        return sum(rows for rows, _ in found[1:]) + found[0][0], sum(most for _, most in found)
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -91,15 +107,19 @@ class Chain:
 
     def needs_attention(self, state: Any) -> bool:
         """Whether commits into this state must be given attention statistics."""
-        return bool(self._observing() or (isinstance(state, Pending) and self.statistics))
+        pending = isinstance(state, Pending)
+        return bool(self._observing(0, not pending) or (pending and self.statistics))
 
     def _columns_from(self, place: int) -> tuple[Column, ...]:
         """Columns held at `place`: what it and later stages ask for, and what tokens bring."""
         brought = (c for stage in self.stages[:place] for c in stage.columns if c.lasting)
         return _union([brought, *(stage.columns for stage in self.stages[place:])])
 
-    def _observing(self, place: int = 0) -> tuple[Column, ...]:
-        return tuple(c for c in self._columns_from(place) if c.observes)
+    def _observing(self, place: int = 0, finished: bool = False) -> tuple[Column, ...]:
+        """Those of them that commits update; `finished`: not for stages that have acted."""
+        stages = [s for s in self.stages[place:] if not (finished and s.once)]
+        wanted = _union(stage.columns for stage in stages)
+        return tuple(c for c in self._columns_from(place) if c.observes and c in wanted)
 
     # --- the contract ---
 
@@ -143,10 +163,16 @@ class Chain:
     ) -> tuple[Partial, tuple[Any, ...]]:
         """Attention of the query rows over everything held: a fold of the stages' partials."""
         if isinstance(state, Pending):
-            return _attend(_attend_pending, state, layer, query, carry)
+            done, carry = _attend(_attend_pending, state, layer, query, carry)
+            for stage in self.stages:
+                if stage.given(query.constants, query.q.shape[0]) is not None:
+                    done = merge(done, stage.attend(None, layer, query, ())[0])
+            return done, carry
         if any(getattr(stage, "positions", "true") == "slot" for stage in self.stages):
             opening = jnp.min(jnp.where(query.pos >= 0, query.pos, FOREVER), 1)
-            query = dataclasses.replace(query, gap=opening - self.held(state))
+            given = self.given(query.constants, query.q.shape[0])
+            held = self.held(state) + (0 if given is None else given[0])
+            query = dataclasses.replace(query, gap=opening - held)
         shape = query.q.shape[:3]
         done, carry = None, list(carry)
         for place, (stage, own) in enumerate(zip(self.stages, state)):
@@ -160,7 +186,7 @@ class Chain:
 
     def commit(self, state: Any, kv: KV, context: Commit) -> Any:
         """Takes tokens (compact, ascending by position), keys rotated unless `unrotated`."""
-        columns = self._observing()
+        columns = self._observing(0, not isinstance(state, Pending))
         if columns and context.seen is not None:
             k = context.rotated(kv, self.unrotated)
             fresh = {
@@ -171,7 +197,7 @@ class Chain:
             return self._hold(state, kv, context)
         if columns and context.seen is not None:
             state = tuple(
-                own if own is None else stage.observe(own, self._observing(place), context)
+                own if own is None else stage.observe(own, self._observing(place, True), context)
                 for place, (stage, own) in enumerate(zip(self.stages, state))
             )
         return self._push(0, state, kv, context)
@@ -201,7 +227,7 @@ class Chain:
             k = context.rotated(kv, self.unrotated)
             stats = {s.name: s.update(stats[s.name], k, context) for s in self.statistics}
         held = buffer.put(held, slot, kv, context.layout)
-        return Pending(held, state.seen + kv.count, stats, state.spec)
+        return Pending(held, state.seen + kv.count, stats, state.spec, bool(self.replays))
 
     def _push(self, place: int, state: tuple, kv: KV, context: Commit) -> tuple:
         """Commits into the stages from `place` on; `state` is theirs."""
@@ -232,6 +258,11 @@ class Chain:
         """Once, after the last chunk of a prompt: lets the stages act on all of it."""
         if not isinstance(state, Pending):
             return state
+        if state.due:
+            raise ValueError(
+                f"finish: this chain chooses by {[c.name for c in self.replays]}, for which the "
+                "prompt is read again first: call kvjax.decode.replay (prefill does)"
+            )
         ready = self._init_stages(state.spec)
         context = dataclasses.replace(
             context, phase="prefill", seen=None, stats={**state.stats, **(stats or {})}

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
+from kvjax.cache.absorb import WORTH, Absorb
+from kvjax.cache.budgets import Budget
 from kvjax.cache.scores import Score, rank
 from kvjax.cache.share import Share, as_fraction, tokens_of
 from kvjax.cache.stage import FOREVER, Column, Commit, least
@@ -18,74 +20,6 @@ from kvjax.cache.stages import Slots, SlotStage
 from kvjax.cache.types import KV, Spec
 
 LOCAL = "score"
-
-
-@dataclasses.dataclass(frozen=True)
-class Absorb:
-    """Base of merging rules: how tokens that lose their place melt into those that stay."""
-
-    @property
-    def extra(self) -> tuple[str, ...]:
-        """Columns that the rule keeps in the survivors' buffer."""
-        return ()
-
-    def __call__(self, survivors: KV, losers: KV) -> tuple[KV, Array]:
-        """Returns the survivors, and which losers [L or 1, B, H or 1, M] were absorbed."""
-        raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True)
-class Nearest(Absorb):
-    """See `nearest`."""
-
-    threshold: float = 0.5
-
-    @property
-    def extra(self) -> tuple[str, ...]:
-        return ("absorbed",)
-
-    def __call__(self, survivors: KV, losers: KV) -> tuple[KV, Array]:
-        def unit(k: Array) -> Array:
-            k = k.astype(jnp.float32)
-            norm = jnp.linalg.norm(k, axis=-1, keepdims=True)
-            return k / jnp.where(norm > 0, norm, 1.0)
-
-        slots = survivors.k.shape[3]
-        cosine = jnp.einsum("lbhmd,lbhnd->lbhmn", unit(losers.k), unit(survivors.k))
-        cosine = jnp.where((survivors.pos >= 0)[..., None, :], cosine, -jnp.inf)
-        target = jnp.argmax(cosine, -1)
-        near = (jnp.max(cosine, -1) >= self.threshold) & (losers.pos >= 0)
-        weight = jax.nn.one_hot(target, slots, dtype=jnp.float32) * near[..., None]
-
-        count = 1.0 + survivors.extra["absorbed"]
-        more = 1.0 + losers.extra.get("absorbed", jnp.zeros(near.shape))
-        total = count + jnp.einsum("lbhmn,lbhm->lbhn", weight, more)
-
-        def mean(old: Array, new: Array) -> Array:
-            add = jnp.einsum("lbhmn,lbhm,lbhmd->lbhnd", weight, more, new.astype(jnp.float32))
-            return ((old * count[..., None] + add) / total[..., None]).astype(old.dtype)
-
-        merged = dataclasses.replace(
-            survivors,
-            k=mean(survivors.k, losers.k),
-            v=mean(survivors.v, losers.v),
-            extra={**survivors.extra, "absorbed": total - 1.0},
-        )
-        return merged, near
-
-
-def nearest(threshold: float = 0.5) -> Absorb:
-    """A loser joins the survivor whose key is closest in direction, if close enough.
-
-    Keys and values become the mean over all tokens that the slot stands for; the column
-    "absorbed" counts the others. Losers below the threshold flow on.
-
-    Args:
-      threshold: least cosine between the keys, in [-1, 1].
-    """
-    if not -1 <= threshold <= 1:
-        raise ValueError(f"nearest(threshold={threshold}): a cosine lies in [-1, 1]")
-    return Nearest(threshold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +59,10 @@ class Heavy(SlotStage):
 
     n: int | Share | Growth
     score: Score
-    recent: int = 0
+    recent: int | Fraction = 0
     absorb: Absorb | None = None
     codec: Any = None
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         self._pair()
@@ -138,10 +73,14 @@ class Heavy(SlotStage):
             )
         if isinstance(self.n, int) and self.n < 1:
             raise ValueError(f"heavy(n={self.n}): n must be at least 1")
-        if self.recent < 0 or (isinstance(self.n, int) and self.recent > self.n):
+        part = isinstance(self.recent, Fraction)
+        most = 1 if part else self.n if isinstance(self.n, int) else self.recent
+        if not 0 <= self.recent <= most:
             raise ValueError(
                 f"heavy(n={self.n}, recent={self.recent}): the recent tokens are among the n"
             )
+        if self.budget is not None and isinstance(self.n, Growth):
+            raise ValueError(f"heavy(n={self.n}, budget={self.budget}): layers share a fixed sum")
         if self.score.statistics:
             raise ValueError(
                 f"heavy(score={self.score}) needs statistics of a whole prompt, which only prune "
@@ -150,7 +89,8 @@ class Heavy(SlotStage):
 
     @property
     def streaming(self) -> bool:
-        return self.score.streaming and self.recent == 0 and self.absorb is None
+        alone = self.absorb is None and self.budget is None
+        return self.score.streaming and self.recent == 0 and alone
 
     @property
     def by_arrival(self) -> bool:
@@ -175,25 +115,41 @@ class Heavy(SlotStage):
         """Whether the score is of the token alone: computed once, kept in a column of ours."""
         return not self.score.columns and not self.score.over_set
 
+    def _apart(self, spec: Spec) -> Spec:
+        """`spec` where layers and heads may hold different tokens."""
+        spec = self.score.apart(spec)
+        if self.absorb is None and self.budget is None:
+            return spec
+        return spec.replace(per_layer=True, per_head=True)
+
     def init(self, spec: Spec) -> Slots:
         extra = (LOCAL,) if self._local else ()
         extra += self.absorb.extra if self.absorb else ()
-        spec = self.score.apart(spec)
-        n = self._limit(spec.max_length, spec)
+        spec = self._apart(spec)
+        n = slots = self._limit(spec.max_length, spec)
         if self.recent > n:
             raise ValueError(f"heavy(n={n}, recent={self.recent}): the recent are among the n")
-        return self._empty(spec, min(n, spec.max_length), extra)
+        memory = self.absorb.init(spec) if self.absorb else {}
+        if self.budget is not None:
+            slots = max(self.budget.most(n, spec.max_length, spec.kv_heads), n)
+            memory["limit"] = jnp.full(spec.lead, n, jnp.int32)
+        return self._empty(spec, min(slots, spec.max_length), extra).replace(memory=memory)
 
     def downstream(self, spec: Spec) -> Spec | None:
         n = self._limit(spec.max_length, spec)
         if spec.max_length <= n:
             return None
-        prompt = max(spec.prompt - self._limit(spec.prompt, spec), 0)
-        return self.score.apart(spec.less(n).replace(prompt=prompt))
+        held = n if self.budget is None else 1
+        prompt = max(spec.prompt - (self._limit(spec.prompt, spec) if held > 1 else held), 0)
+        return self._apart(spec.less(held).replace(prompt=prompt))
+
+    def _most(self, state: Slots, arrived: Any) -> Any:
+        """`_limit`, or what the layers' budget said when the prompt was finished."""
+        return state.memory.get("limit", self._limit(arrived, state.spec))
 
     def releases(self, state: Slots, kv: KV) -> Array:
         after = state.seen + kv.count
-        return jnp.any(after > self._limit(after, state.spec))
+        return jnp.any(after > self._most(state, after))
 
     def _value(self, kv: KV, context: Commit, unrotated: bool) -> Array:
         if self._local:
@@ -209,18 +165,43 @@ class Heavy(SlotStage):
         arrived = jnp.broadcast_to(kv.count, spec.lead)
         kv = dataclasses.replace(kv, extra={n: buffer.column(kv, n) for n in state.kv.extra})
         kv = self._store(kv, spec)
+        limit, memory = self._most(state, state.seen + arrived), state.memory
         if kv.size == 1 and self.absorb is None and not self.score.over_set:
-            change = self._replace_one
+            held, over = self._replace_one(state.kv, kv, context, spec.unrotated, limit)
         else:
-            change = self._select
-        limit = self._limit(state.seen + arrived, spec)
-        held, over = change(state.kv, kv, context, spec.unrotated, limit)
+            both = buffer.by_position(buffer.concat(state.kv, kv))
+            lead = both.pos.shape[:3]
+            value = self._value(both, context, spec.unrotated)[: lead[0], :, : lead[2]]
+            if self.budget is not None and context.phase == "prefill" and spec.prompt:
+                # Where all fits, there is nothing to share out.
+                n = self._limit(0, spec)
+                worth = jnp.where(both.pos >= 0, value, -jnp.inf)
+                each = jnp.full(spec.lead[:2], n, jnp.int32)
+                shared = self.budget.heads(jnp.broadcast_to(worth, both.pos.shape), each)
+                limit = jnp.where(both.count <= n, n, jnp.minimum(shared, state.kv.size))
+                memory = {**memory, "limit": limit}
+            held, over, memory = self._select(
+                both, value, state.kv.size, kv.size, context, spec.unrotated, limit, memory
+            )
         over = dataclasses.replace(over, extra={n: over.extra[n] for n in spec.columns})
-        return state.replace(kv=held, seen=state.seen + arrived), self._load(over, spec)
+        state = state.replace(kv=held, seen=state.seen + arrived, memory=memory)
+        return state, self._load(over, spec)
 
-    def _protected(self, pos: Array, newest: Array) -> Array:
+    def _protected(self, pos: Array, newest: Array, limit: Any) -> Array:
         """The `recent` newest positions."""
-        return (pos > newest - self.recent) & (pos >= 0) if self.recent else jnp.zeros((), bool)
+        if not self.recent:
+            return jnp.zeros((), bool)
+        recent = self.recent
+        if isinstance(recent, Fraction):  # of what each head holds, beside those that always stay
+            limit = jnp.asarray(limit)
+            part = limit * recent.numerator // recent.denominator
+            recent = jnp.minimum(part, limit - self.score.always)[..., None]
+        return (pos > newest - recent) & (pos >= 0)
+
+    @property
+    def _varies(self) -> bool:
+        """Whether heads may hold fewer tokens than there are slots."""
+        return isinstance(self.n, Growth) or self.budget is not None
 
     def _replace_one(
         self, held: KV, kv: KV, context: Commit, unrotated: bool, limit: Any
@@ -232,13 +213,13 @@ class Heavy(SlotStage):
         def worth(tokens: KV) -> tuple[Array, Array]:
             value = self._value(tokens, context, unrotated)[: lead[0], :, : lead[2]]
             pos = jnp.broadcast_to(tokens.pos, (*lead, tokens.size))
-            value = jnp.where(self._protected(pos, newest), jnp.inf, value)
+            value = jnp.where(self._protected(pos, newest, limit), jnp.inf, value)
             return value, pos
 
         value, pos = worth(held)
         # Free slots are taken first, up to the limit.
         free = -jnp.inf
-        if isinstance(self.n, Growth):
+        if self._varies:
             room = jnp.sum(pos >= 0, -1, dtype=jnp.int32) < limit
             free = jnp.where(room, -jnp.inf, jnp.inf)[..., None]
         value = jnp.where(pos >= 0, value, free)
@@ -264,30 +245,33 @@ class Heavy(SlotStage):
         return buffer.put(held, jnp.where(enters, slot, -1), kv, context.layout), over
 
     def _select(
-        self, held: KV, kv: KV, context: Commit, unrotated: bool, limit: Any
-    ) -> tuple[KV, KV]:
-        """Many new tokens: all compete anew."""
-        slots = held.size
-        both = buffer.by_position(buffer.concat(held, kv))
-        lead = both.pos.shape[:3]
-        value = self._value(both, context, unrotated)[: lead[0], :, : lead[2]]
+        self, both: KV, value: Array, slots: int, came: int, context: Commit, unrotated: bool,
+        limit: Any, memory: dict[str, Array],
+    ) -> tuple[KV, KV, dict[str, Array]]:  # fmt: skip
+        """Many new tokens, or merging ones: all compete anew."""
         newest = jnp.max(both.pos, -1, keepdims=True)
-        value = jnp.where(self._protected(both.pos, newest), jnp.inf, value)
+        value = jnp.where(self._protected(both.pos, newest, limit), jnp.inf, value)
         order = rank(value, both)
         place = jnp.argsort(order, -1)
-        most = limit[..., None] if isinstance(self.n, Growth) else slots
+        most = limit[..., None] if self._varies else slots
         wins = (place < most) & (both.pos >= 0)
+        if self.absorb is not None and self.absorb.weighs:
+            worth = self.score.importance(both, context, unrotated)
+            worth = jnp.broadcast_to(worth, (*both.lead, both.size))
+            both = dataclasses.replace(both, extra={**both.extra, WORTH: worth})
         stay, _ = buffer.compact(both, wins)
         lose, _ = buffer.compact(both, ~wins & (both.pos >= 0))
         # At most as many can lose as came.
-        stay, lose = buffer.head(stay, slots), buffer.head(lose, kv.size)
+        stay, lose = buffer.head(stay, slots), buffer.head(lose, came)
         if self.absorb is not None:
-            stay, gone = self.absorb(stay, lose)
+            stay, gone, memory = self.absorb(stay, lose, memory)
+            stay.extra.pop(WORTH, None)
             lose, _ = buffer.compact(lose, ~gone & (lose.pos >= 0))
-        return stay, lose
+        return stay, lose, memory
 
     def horizon(self, state: Slots) -> tuple[Array, bool]:
         n = self._limit(1 if isinstance(self.n, Growth) else 0, state.spec)
+        n = least(state.memory["limit"]) if "limit" in state.memory else n
         reach = n - jnp.minimum(least(state.seen), n) + 1
         if self.downstream(state.spec) is None:
             reach = jnp.full_like(reach, FOREVER)
@@ -297,9 +281,10 @@ class Heavy(SlotStage):
 def heavy(
     n: int | Share | Growth,
     score: Score,
-    recent: int = 0,
+    recent: int | Fraction = 0,
     absorb: Absorb | None = None,
     codec: Any = None,
+    budget: Budget | None = None,
 ) -> SlotStage:
     """The best n tokens by `score`, exactly; the others flow on.
 
@@ -308,8 +293,11 @@ def heavy(
     Args:
       n: tokens held per row and head, a `share` of the prompt, or a `growth` with all tokens.
       score: how much a token is worth; one that new tokens can be given.
-      recent: of the n, the tokens at the newest `recent` positions always stay.
+      recent: of the n, the tokens at the newest `recent` positions always stay; a `Fraction`: that
+        part of what each head holds.
       absorb: merging rule for those that lose their place, such as `nearest(0.5)`.
       codec: per-token codec for the held tokens, e.g. quantize(8); None: exact.
+      budget: how layers and heads share n, their mean, when the prompt is finished; from then on
+        each holds as many. Slots are allocated for the most that one can get.
     """
-    return Heavy(n, score, recent, absorb, codec)
+    return Heavy(n, score, recent, absorb, codec, budget)

@@ -36,8 +36,8 @@ def check_heads(pair: PerKV, spec: Spec) -> None:
     """Raises ValueError where a codec takes several heads together that hold different tokens."""
     if (spec.per_head or spec.totals is not None) and joins_heads(pair):
         raise ValueError(
-            f"store(codec={pair}) codes several heads together, but what comes here are other "
-            "tokens for each head"
+            "store(codec=...): its codec codes several heads together, but what comes here are "
+            f"other tokens for each head; expected a codec of single heads, got {pair}"
         )
 
 
@@ -108,43 +108,51 @@ class Rectangle:
         return blockwise(query, slots, jnp.max(coded), block, size, self.unit)
 
 
-@pytree("starts", "page")
+@pytree("slots", "most", "shared", "page")
 class Pool:
     """Heads hold unlike numbers of tokens: one run of pages each, in arrays [tokens / block, ...].
 
     Attributes:
       address: int32 [L, B, H], first token of each head's run.
       owner: int32 [pages], b * H + h of the head whose page it is, -1 for none.
-      starts: static; layer l owns tokens starts[l] to starts[l + 1].
+      starts: int32 [L + 1]; layer l owns tokens starts[l] to starts[l + 1].
+      slots: tokens in all, static. most: the most that one layer can own, static.
+      shared: layers share one room, and where each begins follows from what it holds; static.
       page: tokens per page, static.
     """
 
     address: Array
     owner: Array
-    starts: tuple[int, ...]
+    starts: Array
+    slots: int
+    most: int
+    shared: bool
     page: int
 
     @staticmethod
     def init(spec: Spec, slots: int, unit: int) -> Pool:
-        """Room for `spec.totals` prompt tokens in each layer, and growth for every head."""
+        """Room for `spec.totals` prompt tokens, of each layer or all, and growth of every head."""
         page = math.lcm(PAGE, unit)
         growth = spec.max_length - spec.prompt
+        shared = len(spec.totals) == 1 < spec.layers
+        heads = spec.kv_heads * (spec.layers if shared else 1)
         sizes = []
         for total in spec.totals:
             # Each head's run is rounded up to whole pages.
-            row = total + spec.kv_heads * (growth + page - 1)
+            row = total + heads * (growth + page - 1)
             sizes.append(spec.batch * (row // page) * page)
-        starts = tuple(int(x) for x in np.concatenate([[0], np.cumsum(sizes)]))
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        if shared:
+            starts = np.array([0] * spec.layers + [starts[-1]])
         return Pool(
             jnp.zeros((spec.layers, spec.batch, spec.kv_heads), jnp.int32),
             jnp.full((starts[-1] // page,), -1, jnp.int32),
-            starts,
+            jnp.asarray(starts, jnp.int32),
+            int(starts[-1]),
+            int(max(sizes)),
+            shared,
             page,
         )
-
-    @property
-    def slots(self) -> int:
-        return self.starts[-1]
 
     def lead(self, spec: Spec) -> tuple[int, ...]:
         return ()
@@ -156,18 +164,21 @@ class Pool:
         layers = self.address.shape[0]
         pages = -(-count // self.page)
         flat = pages.reshape(layers, -1)
+        starts = self.starts
+        if self.shared:
+            ends = jnp.cumsum(jnp.sum(flat, 1)) * self.page
+            starts = jnp.concatenate([starts[:1], ends[:-1], starts[-1:]]).astype(jnp.int32)
         before = jnp.cumsum(flat, 1) - flat
-        base = jnp.asarray(self.starts[:-1], jnp.int32)[:, None] // self.page
-        first = base + before
-        owner = jnp.zeros_like(self.owner).at[first.reshape(-1)].add(1, mode="drop")
+        first = starts[:-1, None] // self.page + before
+        run = jnp.zeros_like(self.owner).at[first.reshape(-1)].add(1, mode="drop")
         # Runs of no pages share their start with the next: counting starts finds the last.
-        layer = np.repeat(np.arange(layers), np.diff(self.starts) // self.page)
-        heads = flat.shape[1]
-        owner = jnp.cumsum(owner) - 1 - jnp.asarray(layer * heads)
-        end = (first + flat).reshape(-1)[jnp.asarray(layer) * heads + owner]
-        owner = jnp.where(jnp.arange(owner.shape[0]) < end, owner, -1)
+        run = jnp.cumsum(run) - 1
+        end = (first + flat).reshape(-1)[run]
+        owner = jnp.where(jnp.arange(run.shape[0]) < end, run % flat.shape[1], -1)
         address = (first * self.page).reshape(count.shape).astype(jnp.int32)
-        return dataclasses.replace(self, address=address, owner=owner.astype(jnp.int32))
+        return dataclasses.replace(
+            self, address=address, owner=owner.astype(jnp.int32), starts=starts
+        )
 
     def write(
         self, x: Array, index: Array, rows: Array, block: int = 1, layout: Any = None
@@ -178,7 +189,7 @@ class Pool:
         # What a head has no room for is dropped, and never lands in its neighbour's pages.
         page = jnp.minimum(at * block // self.page, self.owner.shape[0] - 1)
         head = jnp.arange(lead[1] * lead[2]).reshape(1, *lead[1:], 1)
-        end = jnp.asarray(self.starts[1:]).reshape(-1, 1, 1, 1)
+        end = self.starts[1:].reshape(-1, 1, 1, 1)
         mine = (index >= 0) & (self.owner[page] == head) & (at * block < end)
         at = jnp.where(mine, at, x.shape[0])
         rows = jnp.broadcast_to(rows, (*lead, *rows.shape[3:]))
@@ -203,8 +214,7 @@ class Pool:
         batch, heads, count, width = q.shape
         pages = self.owner.shape[0]
         chunk = min(CHUNK, pages)
-        low = jnp.asarray(self.starts, jnp.int32)[layer] // self.page
-        high = jnp.asarray(self.starts, jnp.int32)[layer + 1] // self.page
+        low, high = self.starts[layer] // self.page, self.starts[layer + 1] // self.page
         address = per_layer(self.address, layer).reshape(-1)
         coded = jnp.broadcast_to(coded, (batch, heads)).reshape(-1)
         q, rows = (x.reshape(batch * heads, count, *x.shape[3:]) for x in (q, rows))
@@ -229,7 +239,7 @@ class Pool:
 
         none = Partial.identity((batch * heads, count), width)
         if query.differentiable:
-            most = -(-int(np.max(np.diff(self.starts))) // (self.page * chunk))
+            most = -(-self.most // (self.page * chunk))
             done = jax.lax.scan(lambda c, i: (step(i, c), None), none, jnp.arange(most))[0]
         else:
             done = jax.lax.fori_loop(0, (high - low + chunk - 1) // chunk, step, none)

@@ -11,9 +11,10 @@ import numpy as np
 from jax import Array
 
 from kvjax.cache import buffer
+from kvjax.cache.absorb import WORTH, Absorb
 from kvjax.cache.budgets import Budget, uniform
 from kvjax.cache.scores import Score, rank
-from kvjax.cache.stage import FOREVER, Column, Commit, Stage, Statistic
+from kvjax.cache.stage import FOREVER, Carried, Column, Commit, Stage, Statistic
 from kvjax.cache.types import KV, Query, Spec, pytree
 
 UNIFORM = uniform()
@@ -34,14 +35,20 @@ class Prune(Stage):
     n: int | None = None
     keep: Fraction | None = None
     budget: Budget = UNIFORM
+    absorb: Absorb | None = None
 
     @property
     def streaming(self) -> bool:
         return False
 
     @property
+    def once(self) -> bool:
+        return True
+
+    @property
     def columns(self) -> tuple[Column, ...]:
-        return self.score.columns
+        kept = self.absorb.extra if self.absorb else ()
+        return (*self.score.columns, *map(Carried, kept))
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -79,13 +86,15 @@ class Prune(Stage):
         most = max(self.budget.most(n, spec.prompt, spec.kv_heads) for n in each)
         most = min(most, spec.prompt)
         ragged = self.budget.ragged
+        apart = ragged or self.absorb is not None
         split = self.score.apart(spec)
+        totals = tuple(n * spec.kv_heads for n in each)
         return split.replace(
             max_length=most + spec.max_length - spec.prompt,
             prompt=most,
-            per_layer=split.per_layer or ragged,
-            per_head=split.per_head or ragged,
-            totals=tuple(n * spec.kv_heads for n in each) if ragged else spec.totals,
+            per_layer=split.per_layer or apart,
+            per_head=split.per_head or apart,
+            totals=((sum(totals),) if self.budget.shared else totals) if ragged else spec.totals,
         )
 
     def attend(self, state: Any, layer: Array, query: Query, carry: Any) -> tuple[None, Any]:
@@ -106,8 +115,20 @@ class Prune(Stage):
         per_head = jnp.minimum(per_head, jnp.asarray(self._layers(spec))[:, None])
         number = self.budget.heads(value, per_head[: after.lead[0]])
         wins = (jnp.argsort(rank(value, kv), -1) < number[..., None]) & (kv.pos >= 0)
+        if self.absorb is None:
+            kept, _ = buffer.compact(kv, wins)
+            return state, buffer.head(kept, after.prompt)
+        names = {n: buffer.column(kv, n) for n in self.absorb.extra}
+        if self.absorb.weighs:
+            worth = self.score.importance(kv, context, spec.unrotated)
+            names[WORTH] = jnp.broadcast_to(worth, (*kv.lead, kv.size))
+        kv = dataclasses.replace(kv, extra={**kv.extra, **names})
         kept, _ = buffer.compact(kv, wins)
-        return state, buffer.head(kept, after.prompt)
+        lost, _ = buffer.compact(kv, ~wins & (kv.pos >= 0))
+        kept = buffer.head(kept, after.prompt)
+        kept, _, _ = self.absorb(kept, lost, self.absorb.init(spec))
+        kept.extra.pop(WORTH, None)
+        return state, kept
 
     def held(self, state: Any) -> Array:
         return jnp.zeros((state.spec.batch,), jnp.int32)
@@ -122,6 +143,7 @@ def prune(
     *,
     keep: float | None = None,
     budget: Budget | None = None,
+    absorb: Absorb | None = None,
 ) -> Prune:
     """Of a complete prompt, lets the best tokens flow on; forgets the rest. Identity afterwards.
 
@@ -133,6 +155,7 @@ def prune(
       score: how much a token is worth.
       keep: in place of n, the fraction of the prompt to keep, in (0, 1]; at least one token.
       budget: how layers and heads share; None: uniformly.
+      absorb: merging rule for those that are not kept, such as `nearest(0.5)`; None: forgotten.
     """
     if score is None:
         raise ValueError("prune(score=None): expected a score, such as window_attention()")
@@ -143,4 +166,4 @@ def prune(
     if keep is not None and not 0 < keep <= 1:
         raise ValueError(f"prune(keep={keep}): a fraction of the prompt lies in (0, 1]")
     fraction = None if keep is None else Fraction(keep).limit_denominator(1000)
-    return Prune(score, n, fraction, UNIFORM if budget is None else budget)
+    return Prune(score, n, fraction, UNIFORM if budget is None else budget, absorb)

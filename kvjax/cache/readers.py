@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax import Array
 
 from kvjax.cache.buffer import put_rows
 from kvjax.cache.types import Partial, Query, Spec
+from kvjax.codecs import Codec, Dense, dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,24 +22,43 @@ class Reader:
     pages: int
     page: int = 16
 
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of the constants that `write` and `select` are given."""
+        return ()
+
+    @property
+    def apart(self) -> bool:
+        """Whether the query heads that share a key-value head choose each for itself."""
+        return False
+
+    @property
+    def whole(self) -> int:
+        """How many of the first layers read everything."""
+        return 0
+
     def init(self, spec: Spec, pages: int) -> Any:
         """The index beside the entries; leaves [L, B, H, pages, ...]."""
         raise NotImplementedError
 
-    def write(self, index: Any, number: Array, k: Array, valid: Array) -> Any:
+    def write(
+        self, index: Any, number: Array, k: Array, valid: Array, constants: Mapping | None = None
+    ) -> Any:
         """Notes pages. number: [L or 1, B, H or 1, M], -1 none; k: [L, B, H, M, page, D], rotated;
-        valid: bool, like k without D."""
+        valid: bool, like k without D; constants: by name, [L, ...]."""
         raise NotImplementedError
 
     def select(
-        self, index: Any, query: Query, q: Array, complete: Array, free: Array | None = None
-    ) -> Array:
-        """Page numbers to read, int32 [B, H, pages], -1 for none.
+        self, index: Any, query: Query, q: Array, complete: Array, free: Array | None = None,
+        constants: Mapping | None = None,
+    ) -> Array:  # fmt: skip
+        """Page numbers to read, int32 [B, H, pages] ([B, Hq, pages] where `apart`), -1 for none.
 
         Args:
           index: of one layer, leaves [B, H, pages, ...].
           q: [B, H, R, D]. complete: int32 [B, H or 1], how many pages there are.
           free: bool [B, H, all pages], those that may be chosen; None: all that are complete.
+          constants: by name, of one layer.
         """
         raise NotImplementedError
 
@@ -57,7 +77,9 @@ class BestPages(Reader):
     def init(self, spec: Spec, pages: int) -> Array:
         return jnp.zeros((spec.layers, spec.batch, spec.kv_heads, pages, spec.width), jnp.float32)
 
-    def write(self, index: Array, number: Array, k: Array, valid: Array) -> Array:
+    def write(
+        self, index: Array, number: Array, k: Array, valid: Array, constants: Mapping | None = None
+    ) -> Array:
         weight = valid[..., None].astype(jnp.float32)
         mean = jnp.sum(jnp.where(valid[..., None], k, 0.0), -2) / jnp.maximum(
             jnp.sum(weight, -2), 1
@@ -65,8 +87,9 @@ class BestPages(Reader):
         return put_rows(index, number, mean)
 
     def select(
-        self, index: Any, query: Query, q: Array, complete: Array, free: Array | None = None
-    ) -> Array:
+        self, index: Any, query: Query, q: Array, complete: Array, free: Array | None = None,
+        constants: Mapping | None = None,
+    ) -> Array:  # fmt: skip
         count = index.shape[2]
         there = jnp.arange(count) < complete[..., None]
         there = there if free is None else there & free
@@ -90,6 +113,99 @@ def best_pages(pages: int, page: int = 16, softmax: bool = False) -> Reader:
         queries of unlike size have a like say.
     """
     return BestPages(pages, page, softmax)
+
+
+@dataclasses.dataclass(frozen=True)
+class BestTokens(Reader):
+    """See `best_tokens`."""
+
+    channels: int = 32
+    order: str = "channel_order"
+    codec: Codec = dataclasses.field(default_factory=dense)
+    skip: int = 0
+
+    def __post_init__(self) -> None:
+        for name, number, least in (
+            ("tokens", self.pages, 1),
+            ("channels", self.channels, 1),
+            ("skip", self.skip, 0),
+        ):
+            if number < least:
+                raise ValueError(f"best_tokens({name}={number}): at least {least}")
+        if self.codec.block != 1:
+            raise ValueError(f"best_tokens(codec={self.codec}): labels are coded token by token")
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        return (self.order,)
+
+    @property
+    def apart(self) -> bool:
+        return True
+
+    @property
+    def whole(self) -> int:
+        return self.skip
+
+    def init(self, spec: Spec, pages: int) -> Any:
+        if self.channels > spec.width:
+            raise ValueError(
+                f"best_tokens(channels={self.channels}): heads have {spec.width} channels"
+            )
+        lead = (spec.layers, spec.batch, spec.heads)
+        return self.codec.empty(lead, pages, self.channels, spec.dtype)
+
+    def write(
+        self, index: Any, number: Array, k: Array, valid: Array, constants: Mapping | None = None
+    ) -> Any:
+        own = constants[self.order][:, 0, :, : self.channels]  # [L, Hq, r]
+        layers, batch, heads, count = k.shape[:4]
+        own = own.reshape(own.shape[0], 1, heads, -1, 1, self.channels)
+        labels = jnp.take_along_axis(k[:, :, :, None, :, 0], own, -1)  # [L, B, H, G, M, r]
+        labels = labels.reshape(layers, batch, -1, count, self.channels)
+        groups = labels.shape[2] // heads
+        there = jnp.repeat(jnp.broadcast_to(valid[..., 0], k.shape[:4]), groups, 2)
+        number = jnp.repeat(number, groups, 2) if number.shape[2] > 1 else number
+        code = self.codec.encode(labels, there)
+        return jax.tree.map(lambda x, rows: put_rows(x, number, rows), index, code)
+
+    def select(
+        self, index: Any, query: Query, q: Array, complete: Array, free: Array | None = None,
+        constants: Mapping | None = None,
+    ) -> Array:  # fmt: skip
+        own = constants[self.order][:, :, None, : self.channels]  # [1, Hq, 1, r]
+        label = jnp.take_along_axis(q.reshape(q.shape[0], own.shape[1], 1, -1), own, -1)
+        if not isinstance(self.codec, Dense):
+            label = self.codec.decode(self.codec.encode(label), label.dtype)
+        score = self.codec.scores(label, index)[:, :, 0]  # [B, Hq, N]
+        groups = own.shape[1] // q.shape[1]
+        wide = lambda x: jnp.repeat(x, groups, 1) if x.shape[1] > 1 else x  # noqa: E731
+        there = jnp.arange(score.shape[-1]) < wide(complete)[..., None]
+        there = there if free is None else there & wide(free)
+        best, token = jax.lax.top_k(
+            jnp.where(there, score, -jnp.inf), min(self.pages, score.shape[-1])
+        )
+        return jnp.where(jnp.isneginf(best), -1, token).astype(jnp.int32)
+
+
+def best_tokens(
+    tokens: int, channels: int, order: str, codec: Codec | None = None, skip: int = 0
+) -> Reader:
+    """Reads the `tokens` tokens with the largest product over a few channels, per query head.
+
+        s_j = sum_{c in C_h} q_c k_jc;  those of the largest s (ties: the first) are read whole
+
+    Beside each key its *labels* are kept, its channels C_h, for each query head that shares it.
+
+    Args:
+      tokens: read per query head and step.
+      channels: how many label channels, the first of the order.
+      order: name of the constant that holds every query head's channels in order, int32
+        [L, 1, Hq, D].
+      codec: of the labels, and for choosing of the query's; None: exact.
+      skip: so many of the first layers read everything.
+    """
+    return BestTokens(tokens, 1, channels, order, dense() if codec is None else codec, skip)
 
 
 def each_row(query: Query, q: Array, attend: Callable[[Query, Array, Array], Partial]) -> Partial:

@@ -64,6 +64,10 @@ class Score:
             per_layer=spec.per_layer or self.per_layer, per_head=spec.per_head or self.per_head
         )
 
+    def importance(self, kv: KV, context: Commit, unrotated: bool) -> Array:
+        """The same, finite for tokens that always stay: what a token weighs beside others."""
+        return self(kv, context, unrotated)
+
     def __call__(self, kv: KV, context: Commit, unrotated: bool) -> Array:
         """float32 [L, B, H, T] (axes of size 1 where all layers or heads agree)."""
         raise NotImplementedError
@@ -119,13 +123,18 @@ class ReceivedScore(Score):
         return value if self.per_head else value[:, :, :1]
 
 
-def accumulated_attention() -> Score:
+def accumulated_attention(whole_layer: bool = False) -> Score:
     """The sum of attention probabilities received from all rows since arrival (H2O).
 
         s_j = sum_i mean_g softmax(q_gi . k)_j
 
     Unnormalised by age; mean over the query heads that share a key-value head.
+
+    Args:
+      whole_layer: mean over all heads of the layer, one index set per layer; False: per KV head.
     """
+    if whole_layer:
+        return ReceivedScore(Received("attention_of_layer", whole_layer=True))
     return ReceivedScore(Received("attention"))
 
 

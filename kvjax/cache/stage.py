@@ -108,6 +108,27 @@ class InputMark(Mark):
 
 
 @dataclasses.dataclass(frozen=True)
+class Replay(Column):
+    """What each token of a prompt received while the prompt was read again, before `finish`.
+
+    See `kvjax.cache.replay`; tokens that come later have 0.
+
+    Attributes:
+      chunk: tokens read again at a time. hint: tokens before them that are shown first.
+      sinks: first tokens of the prompt to which every replay attends.
+    """
+
+    name: str = "replayed"
+    chunk: int = 2000
+    hint: int = 8
+    sinks: int = 4
+
+    @property
+    def observes(self) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
 class Statistic:
     """Something gathered over the rows of a prompt, for use when it is finished."""
 
@@ -172,6 +193,11 @@ class Stage:
         return False
 
     @property
+    def once(self) -> bool:
+        """Whether it acts in `finish` alone, so that later tokens need not carry its columns."""
+        return False
+
+    @property
     def every_layer(self) -> bool:
         """Whether layers without this stage would miss tokens, so that none can be left out."""
         return False
@@ -179,6 +205,14 @@ class Stage:
     def constants(self, width: int) -> tuple[str, ...]:
         """Names of the constants that it reads, for heads of `width` channels."""
         return ()
+
+    def given(self, constants: Mapping[str, Any], batch: int) -> tuple[Array, int] | None:
+        """Tokens that rows see here though they never come by a commit; None: there are none.
+
+        Returns:
+          (tokens of each row, int32 [B]; the most of any row, static).
+        """
+        return None
 
     def init(self, spec: Spec) -> Any:
         """An empty state able to hold what `spec` says can come. Raises ValueError if it can't."""

@@ -1,4 +1,4 @@
-"""Exact stages: `first`, `recent`, `by_position`, `prefix`, `forget`."""
+"""Exact stages: `first`, `recent`, `by_position`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
-from kvjax.cache.attention import attend_slots, dot_keys, dot_values
+from kvjax.cache.attention import attend_slots
 from kvjax.cache.ring import Window, tree_gather, tree_write
 from kvjax.cache.share import Share, tokens_of
 from kvjax.cache.stage import FOREVER, Commit, Stage, exact, least, most, observe_slots, total
-from kvjax.cache.types import KV, Partial, Query, Spec, partial_attention, pytree, rotate
+from kvjax.cache.types import KV, Partial, Query, Spec, pytree, rotate
 from kvjax.codecs import as_pair, joins_heads
 
 
@@ -25,11 +25,13 @@ class Slots:
     Attributes:
       kv: the buffer, slots in any order.
       seen: int32 [L or 1, B, H or 1], tokens that have arrived here.
+      memory: what else a stage remembers, arrays [L or 1, B, H or 1].
     """
 
     kv: KV
     seen: Array
     spec: Spec
+    memory: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Slots:
         return dataclasses.replace(self, **changes)
@@ -319,62 +321,3 @@ def by_position(n: int, codec: Any = None) -> ByPosition:
       codec: per-token codec, or per_kv of two; None: exact.
     """
     return ByPosition(n, codec)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefix(Stage):
-    """See `prefix`."""
-
-    name: str = "prefix"
-
-    @property
-    def every_layer(self) -> bool:
-        return True
-
-    def init(self, spec: Spec) -> Array:
-        return jnp.zeros((spec.batch,), jnp.int32)
-
-    def downstream(self, spec: Spec) -> Spec:
-        return spec
-
-    def attend(self, state: Array, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
-        shared = query.constants[self.name]
-        k, v = (jax.lax.dynamic_index_in_dim(x, layer, 0, False)[0] for x in (shared.k, shared.v))
-        pos = shared.pos[0, 0, 0]
-        batch, query_heads, rows, width = query.q.shape
-        heads = k.shape[0]
-        # All rows of the batch against one copy of the keys: [H, B * G * T, D].
-        q = query.q.reshape(batch, heads, -1, width)
-        merged = jnp.moveaxis(q, 0, 1).reshape(heads, -1, width)
-        logits = query.cap(dot_keys(merged, k))
-        mask = (pos >= 0)[None, None, :]
-        if query.window:
-            near = query.pos[:, None, :, None] - pos < query.span
-            near = jnp.broadcast_to(near, (batch, query_heads // heads, rows, pos.shape[0]))
-            mask = mask & near.reshape(1, -1, pos.shape[0])
-        part = partial_attention(logits, mask, lambda p: dot_values(p, v))
-
-        def back(x: Array) -> Array:
-            x = x.reshape(heads, batch, *q.shape[2:3], *x.shape[2:])
-            return jnp.moveaxis(x, 1, 0)
-
-        return query.ungroup(jax.tree.map(back, part)), carry
-
-    def commit(self, state: Array, kv: KV, context: Commit) -> tuple[Array, KV]:
-        return state, kv
-
-    def held(self, state: Array) -> Array:
-        return state * 0
-
-    def horizon(self, state: Array) -> tuple[Array, bool]:
-        return jnp.full(state.shape, FOREVER), False
-
-
-def prefix(name: str = "prefix") -> Prefix:
-    """A prefix shared by all rows of the batch, held once (Hydragen, arXiv 2402.05099).
-
-    The tokens are a constant of the cache: `constants[name]` is a KV with k, v [L, 1, H, N, D]
-    and pos [1, 1, 1, N], keys rotated. The whole batch attends to it by one matrix product.
-    Everything committed flows on.
-    """
-    return Prefix(name)

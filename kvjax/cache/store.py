@@ -19,7 +19,7 @@ from kvjax.cache.readers import Reader, each_row
 from kvjax.cache.ring import Window
 from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
-from kvjax.codecs import Codec, PerKV, as_pair, dense
+from kvjax.codecs import Codec, PerKV, as_pair, dense, joins_heads
 
 
 @pytree("spec")
@@ -99,13 +99,16 @@ class Store(Stage):
     def constants(self, width: int) -> tuple[str, ...]:
         found = set() if self.fit is None else set(self.fit.names)
         asked = {**self.codec.k.constants_spec(width), **self.codec.v.constants_spec(width)}
-        return tuple(name for name in asked if name not in found)
+        read = () if self.reader is None else self.reader.constants
+        return (*(name for name in asked if name not in found), *read)
 
     def init(self, spec: Spec, whole: bool = False) -> Stored:
         """`whole`: tokens will come once and in whole units, so no exact slots are needed."""
         self.codec.k.check(spec.width)
         self.codec.v.check(spec.width)
         check_heads(self.codec, spec)
+        if self.reader is not None and self.reader.apart:
+            self._check_apart(spec)
         length = spec.max_length
         room = [max(length - w.n, 0) // w.release * w.release for w in (self.keys, self.values)]
         if spec.totals is not None:
@@ -149,6 +152,14 @@ class Store(Stage):
             {} if self.fit is None else self.fit.init(spec),
             index, spec,
         )  # fmt: skip
+
+    def _check_apart(self, spec: Spec) -> None:
+        for codec in (self.codec.k, self.codec.v):
+            if joins_heads(codec) or codec.constants_spec(spec.width):
+                raise ValueError(
+                    f"store(codec={codec}, reader={self.reader}): query heads choose apart, so a "
+                    "token must be coded for each head alone and without constants"
+                )
 
     def downstream(self, spec: Spec) -> None:
         return None
@@ -249,8 +260,11 @@ class Store(Stage):
                 k = rotate(k, pos, context.rope)
             k = k.reshape(*k.shape[:3], span, page, k.shape[-1])
             valid = (pos >= 0).reshape(*pos.shape[:3], span, page)
-            return self.reader.write(index, number, k, valid)
+            given = {name: context.constants[name] for name in self.reader.constants}
+            return self.reader.write(index, number, k, valid, given)
 
+        if page == 1:  # with every token
+            return write(state.index)
         return jax.lax.cond(jnp.any(last > first), write, lambda index: index, state.index)
 
     def _coded(self, seen: Array) -> Array:
@@ -298,13 +312,22 @@ class Store(Stage):
             return partial_attention(logits, seen, lambda p: cv.mix(p, code, vc))
 
         rows, count = query.rows(q), query.pos.shape[1]
-        if self.reader is None or count > buffer.FEW:
+
+        def everything() -> Partial:
             base = query.base(slots := state.pos.shape[-1])
             slots = min(slots, state.place.slots)
-            if query.shard is not None:
-                coded = jnp.clip(coded - base, 0, slots)
-            return state.place.fold(layer, query, q, rows, coded, slots, part)
-        return each_row(query, q, lambda *row: self._attend_pages(state, layer, *row, coded, part))
+            here = coded if query.shard is None else jnp.clip(coded - base, 0, slots)
+            return state.place.fold(layer, query, q, rows, here, slots, part)
+
+        def chosen() -> Partial:
+            read = lambda *row: self._attend_pages(state, layer, *row, coded, part)  # noqa: E731
+            return each_row(query, q, read)
+
+        if self.reader is None or count > buffer.FEW:
+            return everything()
+        if self.reader.whole:
+            return jax.lax.cond(layer < self.reader.whole, everything, chosen)
+        return chosen()
 
     def _attend_pages(
         self, state: Stored, layer: Array, query: Query, q: Array, rows: Array, coded: Array,
@@ -314,17 +337,25 @@ class Store(Stage):
         page = self.reader.page
         base = query.base(slots := state.pos.shape[-1])
         index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
-        chosen = self.reader.select(index, query, q, coded // page)
-        chosen = jnp.broadcast_to(chosen, (*q.shape[:2], chosen.shape[-1]))
+        given = {name: per_layer(query.constants[name], layer) for name in self.reader.constants}
+        chosen = self.reader.select(index, query, q, coded // page, constants=given)
+        batch, heads, group = q.shape[:3]
+        own = heads * group if self.reader.apart else heads  # that choose
+        chosen = jnp.broadcast_to(chosen, (batch, own, chosen.shape[-1]))
 
         def read(x: Array, block: int) -> Array:
             each = page // block
             unit = (chosen * page - base)[..., None] // block + jnp.arange(each)
-            return state.place.gather(x, layer, unit.reshape(*chosen.shape[:2], -1), block)
+            got = state.place.gather(x, layer, unit.reshape(batch, heads, -1), block)
+            return got.reshape(batch, own, -1, *got.shape[3:])
 
         # Pages whose slots are elsewhere are read there.
         there = jnp.repeat(query.at_hand(chosen >= 0, chosen * page, slots), page, -1)
-        picked = part(read, there, q, rows)
+        alone = q.reshape(batch, own, -1, q.shape[-1]), rows.reshape(batch, own, -1)
+        picked = part(read, there, *alone)
+        picked = jax.tree.map(lambda x: x.reshape(batch, heads, group, *x.shape[3:]), picked)
+        if page == 1:
+            return picked
         # The last, incomplete page is always read.
         token = (coded // page * page)[..., None] + jnp.arange(page)
         rest = lambda x, block: state.place.gather(  # noqa: E731

@@ -323,7 +323,8 @@ class Spec:
       per_layer, per_head: whether layers (heads) may hold different tokens here.
       unrotated: whether keys arrive before rotary rotation.
       totals: where heads hold different numbers of tokens: per layer, the prompt tokens of all
-        heads together (per batch row); None: every head holds as many.
+        heads together (per batch row), or one number for all layers together; None: every head
+        holds as many.
       shards: into how many equal runs, on different devices, slots are to be split. Buffers whose
         size is free are made a multiple of it.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -19,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 FILE = "calibration.json"
+PROGRAM = "experiments.calibrate"
 SHAPE = ("layers", "heads", "kv_heads", "head_dim", "width", "vocab_size")
 
 
@@ -30,29 +32,51 @@ class Calibration:
       names: of the constants.
       run: (model, batches) -> constants by name, their first axis that of the attention layers;
         batches of tokens, int32 [B, T].
+      program: the module that makes and keeps them; None: they are found from the model alone, at
+        once, and `batches` is not read.
     """
 
     names: tuple[str, ...]
     run: Callable[[Any, Iterable[Array]], dict[str, Array]]
+    program: str | None = PROGRAM
 
-    def __call__(self, model: Any, batches: Iterable[Array]) -> dict[str, Array]:
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The method's arguments, defaults included."""
+        return dict(getattr(self.run, "keywords", {}))
+
+    def __call__(self, model: Any, batches: Iterable[Array] = ()) -> dict[str, Array]:
+        if self.program not in (None, PROGRAM):
+            raise ValueError(f"these constants are not calibrated but trained: {self.command()}")
         found = self.run(model, batches)
         assert set(found) == set(self.names), (sorted(found), self.names)
         return found
 
+    def command(self, label: str = "...", root: str | os.PathLike = "results/calibration") -> str:
+        """The command that makes the constants of the method `label` and keeps them in `root`."""
+        where = "out" if self.program == PROGRAM else "calibration"
+        mark = '"' if "'" in label else "'"
+        return f"python -m {self.program} --methods={mark}{label}{mark} --{where}={root}"
+
 
 def calibration(
-    method: Callable[..., Any], names: tuple[str, ...], run: Callable[..., dict[str, Array]]
+    method: Callable[..., Any],
+    names: tuple[str, ...] | Callable[..., tuple[str, ...]],
+    run: Callable[..., dict[str, Array]],
+    program: Callable[..., str | None] = lambda **_: PROGRAM,
 ) -> Callable[..., Calibration]:
     """A function that takes the arguments of `method`, with its defaults and its errors, and gives
-    the calibration for them: `run(model, batches, **arguments)`."""
+    the calibration for them: `run(model, batches, **arguments)`, `program(**arguments)`, and the
+    names, or `names(**arguments)`."""
     signature = inspect.signature(method)
 
     def make(*args: Any, **kwargs: Any) -> Calibration:
         method(*args, **kwargs)  # raises what is wrong with them
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        return Calibration(names, functools.partial(run, **given.arguments))
+        how = given.arguments
+        named = names(**how) if callable(names) else names
+        return Calibration(named, functools.partial(run, **how), program(**how))
 
     make.__module__ = run.__module__  # where it is kept, as of a function written there
     make.__name__ = make.__qualname__ = method.__name__
@@ -130,7 +154,7 @@ def load(folder: str | os.PathLike, model: Any) -> dict[str, Array]:
 
 def find(root: str | os.PathLike, label: str, names: Iterable[str], model: Any) -> dict[str, Array]:
     """Constants for the method `label`, from the folders in `root` that were made for it or for a
-    method inside it (its storage).
+    method inside it (its storage); or from the model, where its weights are enough.
 
     Raises:
       ValueError: none has them, and how to make them; or they do not fit the model.
@@ -148,10 +172,33 @@ def find(root: str | os.PathLike, label: str, names: Iterable[str], model: Any) 
             refused = error
     if refused is not None:
         raise refused
+    inside = [(text, c) for text, c in calibrations_in(label) if names <= set(c.names)]
+    for _, how in inside:
+        if how.program is None:
+            return {n: x for n, x in how(model).items() if n in names}
+    text, how = inside[0] if inside else (label, Calibration((), lambda *_: {}))
     raise ValueError(
         f"{label} reads the constants {sorted(names)}, and {root} holds none made for it: run "
-        f"python -m experiments.calibrate --methods='{label}' --out={root}"
+        f"{how.command(text, root)}"
     )
+
+
+def calibrations_in(label: str) -> list[tuple[str, Calibration]]:
+    """The calibrated methods that an expression names, each with its calibration.
+
+    >>> [text for text, _ in calibrations_in("snapkv(keep=0.5, storage=kvquant(bits=2))")]
+    ['kvquant(bits=2)']
+    """
+    from kvjax.calibrate import CALIBRATIONS
+    from kvjax.compress import parse
+
+    tree = ast.parse(label, mode="eval")
+    called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in CALIBRATIONS:
+            found += parse(ast.unparse(called.get(id(node), node)), CALIBRATIONS)
+    return found
 
 
 def complete(folder: str | os.PathLike) -> bool:

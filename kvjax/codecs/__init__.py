@@ -2,6 +2,7 @@
 
 from kvjax.codecs.affine import Quantize, quantize
 from kvjax.codecs.base import Code, Codec, Constants
+from kvjax.codecs.bitmap import Sparse, sparse
 from kvjax.codecs.coarse import (
     Fourier,
     Signs,
@@ -24,12 +25,11 @@ from kvjax.codecs.combine import (
 from kvjax.codecs.dense import Dense, dense
 from kvjax.codecs.heads import (
     AcrossHeads,
-    MergeHeads,
     PermuteHeads,
     RotateHeads,
     across_heads,
+    apart,
     joins_heads,
-    merge_heads,
     permute_heads,
     rotate_heads,
 )
@@ -37,6 +37,7 @@ from kvjax.codecs.levels import Levels, Normalize, levels, normalize
 from kvjax.codecs.lowrank import LowRank, low_rank
 from kvjax.codecs.packing import pack, quantum, unpack
 from kvjax.codecs.pair import PerKV, as_pair, per_kv
+from kvjax.codecs.projections import MergeHeads, ProjectHeads, merge_heads, project_heads
 from kvjax.codecs.sparse import Outliers, outliers
 from kvjax.codecs.transform import (
     Balance,
@@ -67,17 +68,20 @@ __all__ = [
     "Outliers",
     "PerKV",
     "PermuteHeads",
+    "ProjectHeads",
     "Projection",
     "Quantize",
     "Residual",
     "Rotate",
     "RotateHeads",
     "Signs",
+    "Sparse",
     "SplitChannels",
     "Ternary",
     "Transform",
     "WithOutliers",
     "across_heads",
+    "apart",
     "as_pair",
     "balance",
     "codebook",
@@ -95,6 +99,7 @@ __all__ = [
     "pack",
     "per_kv",
     "permute_heads",
+    "project_heads",
     "projection",
     "quantize",
     "quantum",
@@ -102,6 +107,7 @@ __all__ = [
     "rotate",
     "rotate_heads",
     "signs",
+    "sparse",
     "split_channels",
     "ternary",
     "unpack",

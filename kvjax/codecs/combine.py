@@ -145,9 +145,10 @@ class Compose(Codec):
         return last.scores(y.astype(q.dtype), code, constants)
 
     def mix(self, p, code, constants=None):
-        if not self._folds:
-            return super().mix(p, code, constants)
         *first, last = self.parts
+        if not self._folds:
+            y = last.decode(code, jnp.float32, constants)
+            return first[0].mixed(p, self._inverse(first[1:], y, constants), constants)
         return self._inverse(first, last.mix(p, code, constants), constants)
 
     def _inverse(self, first, y, constants):

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kvjax.codecs.base import Codec, masked
+from kvjax.codecs.base import Codec
 from kvjax.codecs.combine import Part
-from kvjax.codecs.dense import Dense
 from kvjax.codecs.transform import Transform, _constant, hadamard, has_hadamard, multiply
 
-DENSE = Dense()
+INNER = ("codec", "rest", "parts", "k", "v")  # where codecs hold other codecs
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["code"], meta_fields=["heads"])
@@ -210,129 +208,26 @@ def permute_heads(name: str = "order") -> PermuteHeads:
     return PermuteHeads(name)
 
 
-@dataclasses.dataclass(frozen=True)
-class MergeHeads(Codec):
-    """See `merge_heads`."""
-
-    heads: int | Fraction
-    name: str = "heads"
-    codec: Codec = DENSE
-
-    joins_heads = True
-
-    def __post_init__(self):
-        share = isinstance(self.heads, Fraction)
-        if not (0 < self.heads <= 1 if share else self.heads >= 1):
-            raise ValueError(
-                f"heads is {float(self.heads) if share else self.heads}: expected a number of at "
-                "least 1, or a share in (0, 1]"
-            )
-        if self.codec.constants_spec(8):
-            raise ValueError(f"codec is {self.codec}: expected one without constants")
-
-    @property
-    def block(self) -> int:
-        return self.codec.block
-
-    def sizes(self, heads: int, width: int) -> tuple[int, int]:
-        """(heads merged together, channels of what they become), of `heads` heads of `width`.
-
-        Raises:
-          ValueError: a number of heads that does not divide `heads`.
-        """
-        if not isinstance(self.heads, Fraction):
-            if heads % self.heads:
-                raise ValueError(
-                    f"heads is {self.heads}: expected a divisor of the {heads} heads there are"
-                )
-            return heads // self.heads, width
-        whole = (t for t in range(1, heads) if heads % t == 0 and t % self.heads.denominator == 0)
-        group = next(whole, heads)
-        return group, max(int(self.heads * group * width), 1)
-
-    def constants_spec(self, width):
-        return {self.name: jax.ShapeDtypeStruct((width, width), jnp.float32)}
-
-    def _basis(self, constants, heads, width):
-        """[..., H, D, W] and the heads merged together."""
-        group, rank = self.sizes(heads, width)
-        basis = _constant(constants, self.name)
-        if basis.ndim == 2:  # shapes alone are asked for
-            basis = jnp.zeros((heads, width, rank), basis.dtype)
-        if basis.shape[-3:] != (heads, width, rank):
-            raise ValueError(
-                f"constants[{self.name!r}] is of shape {basis.shape}: expected {heads} heads, "
-                f"{width} channels and {rank} columns last"
-            )
-        return basis, group
-
-    def encode(self, x, valid=None, key=None, constants=None):
-        basis, group = self._basis(constants, x.shape[-3], x.shape[-1])
-        y = multiply(masked(x, valid).astype(jnp.float32), basis)
-        y = jnp.sum(y.reshape(*y.shape[:-3], -1, group, *y.shape[-2:]), -3).astype(x.dtype)
-        valid = valid if valid is None else jnp.broadcast_to(valid[..., :1, :], y.shape[:-1])
-        return self.codec.encode(y, valid, key)
-
-    def decode(self, code, dtype=jnp.float32, constants=None):
-        basis = _constant(constants, self.name)
-        y = self.codec.decode(code, jnp.float32)
-        y = jnp.repeat(y, basis.shape[-3] // y.shape[-3], -3)
-        return multiply(y, jnp.matrix_transpose(basis)).astype(dtype)
-
-    def scores(self, q, code, constants=None):
-        basis, group = self._basis(constants, q.shape[-3], q.shape[-1])
-        q = _together(multiply(q.astype(jnp.float32), basis).astype(q.dtype), group)
-        return _apart(self.codec.scores(q, code), group)
-
-    def mix(self, p, code, constants=None):
-        basis = _constant(constants, self.name)
-        group, _ = self.sizes(*basis.shape[-3:-1])
-        y = _apart(self.codec.mix(_together(p, group), code), group)
-        return multiply(y, jnp.matrix_transpose(basis))
-
-
-def _together(x: jax.Array, group: int) -> jax.Array:
-    """Rows [..., H, R, C] of the heads of a group as those of one, [..., H / group, group R, C]."""
-    return x.reshape(*x.shape[:-3], x.shape[-3] // group, -1, x.shape[-1])
-
-
-def _apart(x: jax.Array, group: int) -> jax.Array:
-    """Inverts `_together`."""
-    return x.reshape(*x.shape[:-3], x.shape[-3] * group, -1, x.shape[-1])
-
-
-def merge_heads(
-    heads: int | float | Fraction, name: str = "heads", codec: Codec | None = None
-) -> MergeHeads:
-    """Stores fewer heads: a token's channels of neighbouring heads, projected together.
-
-        y = sum_h x_h U_h;  x_h' = y U_h^T;  U: the U_h of a group, one below the other, orthonormal
-
-    Queries and mixed values meet y itself, q_h . x_h' = (q_h U_h) . y, so that attention costs what
-    it does with that many heads.
-
-    Args:
-      heads: how many there are afterwards, each of the same size, a divisor of the number before;
-        or a share of the channels: the smallest group of heads of which it leaves a whole number
-        is merged, else all heads (half of 3 heads of 64: one vector of 96).
-      name: constants[name], [..., H, D, W], the U_h, with leading axes that broadcast against those
-        of x (per layer: [L, 1, H, D, W]).
-      codec: of y, without constants; None: exactly.
-
-    >>> import jax.numpy as jnp
-    >>> x = jnp.array([[[1.0, 2.0]], [[1.0, 2.0]]])  # 2 heads, 1 token, 2 channels
-    >>> c, u = merge_heads(1), {"heads": jnp.stack([jnp.eye(2)] * 2) * 0.5**0.5}
-    >>> code = c.encode(x, constants=u)
-    >>> code.shape, bool(jnp.allclose(c.decode(code, constants=u), x))
-    ((1, 1, 2), True)
-    """
-    if isinstance(heads, float):
-        heads = Fraction(heads).limit_denominator(1000)
-    return MergeHeads(heads, name, DENSE if codec is None else codec)
-
-
 def joins_heads(codec: Any) -> bool:
     """Whether a codec codes several heads together."""
-    parts = [getattr(codec, name, ()) for name in ("codec", "rest", "parts", "k", "v")]
+    parts = [getattr(codec, name, ()) for name in INNER]
     inner = [p for part in parts for p in (part if isinstance(part, tuple) else (part,))]
     return getattr(codec, "joins_heads", False) or any(map(joins_heads, inner))
+
+
+def apart(codec: Any) -> Any:
+    """The codec (or pair) with `across_heads` taken off: every head is coded by itself.
+
+    >>> from kvjax.codecs import quantize
+    >>> apart(across_heads(quantize(4))) == quantize(4)
+    True
+    """
+    if isinstance(codec, AcrossHeads):
+        return apart(codec.codec)
+    changes = {}
+    for name in INNER:
+        inner = getattr(codec, name, ())
+        other = tuple(map(apart, inner)) if isinstance(inner, tuple) else apart(inner)
+        if other != inner:
+            changes[name] = other
+    return dataclasses.replace(codec, **changes) if changes else codec

@@ -46,6 +46,11 @@ class Transform(Codec):
         """The query that scores images as q scores tokens."""
         return self.forward(q, constants)
 
+    def mixed(self, p, y, constants=None):
+        """Probabilities p [..., R, T] against the tokens of images y [..., T, W], float32."""
+        v = self.inverse(y, constants).astype(p.dtype)
+        return jnp.einsum("...rt,...td->...rd", p, v, preferred_element_type=jnp.float32)
+
     def encode(self, x, valid=None, key=None, constants=None):
         del key
         self.check(x.shape[-1])
@@ -66,7 +71,7 @@ class Transform(Codec):
 
     def mix(self, p, code, constants=None):
         if not self.folds:
-            return super().mix(p, code, constants)
+            return self.mixed(p, code, constants)
         y = jnp.einsum("...rt,...td->...rd", p, code, preferred_element_type=jnp.float32)
         return self.inverse(y, constants)
 

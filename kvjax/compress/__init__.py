@@ -7,17 +7,26 @@ Every function returns a chain, runs without arguments, and is known to `parse` 
 """
 
 from kvjax.compress.adakv import adakv
+from kvjax.compress.chelsea import chelsea
 from kvjax.compress.compress_kv_heads import compress_kv_heads
+from kvjax.compress.cskv import cskv
+from kvjax.compress.d2o import d2o
 from kvjax.compress.dense import dense
+from kvjax.compress.double_sparsity import double_sparsity
+from kvjax.compress.ems import ems
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
 from kvjax.compress.h2o import h2o
+from kvjax.compress.hydragen import hydragen
 from kvjax.compress.keydiff import keydiff
 from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
 from kvjax.compress.kvquant import kvquant
+from kvjax.compress.kvzip import kvzip
 from kvjax.compress.mikv import mikv
+from kvjax.compress.mustafar import mustafar
 from kvjax.compress.parse import METHODS, parse
+from kvjax.compress.prefixkv import prefixkv
 from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
 from kvjax.compress.rotatekv import rotatekv
@@ -32,17 +41,26 @@ from kvjax.compress.xkv import xkv
 __all__ = [
     "METHODS",
     "adakv",
+    "chelsea",
     "compress_kv_heads",
+    "cskv",
+    "d2o",
     "dense",
+    "double_sparsity",
+    "ems",
     "expected_attention",
     "gear",
     "h2o",
+    "hydragen",
     "keydiff",
     "kivi",
     "knorm",
     "kvquant",
+    "kvzip",
     "mikv",
+    "mustafar",
     "parse",
+    "prefixkv",
     "pyramidkv",
     "random_eviction",
     "rotatekv",

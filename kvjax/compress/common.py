@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from kvjax.cache import Budget, Chain, Score, Share, Stage, Store, Window, chain, prune, store
+from kvjax.cache import (
+    Absorb,
+    Budget,
+    Chain,
+    Chosen,
+    Score,
+    Share,
+    Stage,
+    Store,
+    Window,
+    chain,
+    prune,
+    store,
+)
 from kvjax.cache.share import as_fraction, share
-from kvjax.codecs import Codec, PerKV, as_pair, dense, quantize
+from kvjax.codecs import Codec, PerKV, apart, as_pair, dense, quantize
 
 Storage = Chain | Stage | Codec | PerKV | None
 
@@ -41,9 +55,7 @@ def split(
 ) -> tuple[int | Share, int | Share]:
     """A budget as (recent, heavy): `recent` is the part of it that goes to the newest tokens."""
     tokens, keep = size(method, keep, tokens, default=default, least=2)
-    if not (is_number(recent) and 0 < recent < 1):
-        raise ValueError(f"{method}(recent_part={recent!r}): a part of the budget lies in (0, 1)")
-    part = as_fraction(recent)
+    part = as_fraction(part_of(method, recent))
     if keep is not None:
         whole = as_fraction(keep)
         return share(whole * part), share(whole * (1 - part))
@@ -51,11 +63,46 @@ def split(
     return newest, tokens - newest
 
 
+def part_of(method: str, recent: float) -> float:
+    """Checks the part of a budget that goes to the newest tokens."""
+    if not (is_number(recent) and 0 < recent < 1):
+        raise ValueError(f"{method}(recent_part={recent!r}): a part of the budget lies in (0, 1)")
+    return recent
+
+
 def pruned(
-    n: int | None, keep: float | None, score: Score, storage: Storage, budget: Budget | None = None
+    n: int | None,
+    keep: float | None,
+    score: Score,
+    storage: Storage,
+    budget: Budget | None = None,
+    absorb: Absorb | None = None,
 ) -> Chain:
-    """The best of a prompt by `score`, then `storage` (None: exactly)."""
-    return chain(prune(n, score, keep=keep, budget=budget), held(storage))
+    """The best of a prompt by `score`, then `storage` (None: exactly), each head by itself."""
+    ragged = budget is not None and budget.ragged
+    best = prune(n, score, keep=keep, budget=budget, absorb=absorb)
+    return chain(best, each_head(held(storage), ragged))
+
+
+def each_head(storage: Chain, ragged: bool) -> Chain:
+    """The storage for heads that hold different tokens.
+
+    What codes several heads together (`across_heads`) codes each by itself. Where heads hold
+    unlike numbers too, a stage that takes all of a prompt in another form (`chosen` without a
+    score) is left out: the store behind it takes those tokens as it takes later ones.
+    """
+    stages = []
+    for stage in storage.stages:
+        if isinstance(stage, Chosen):
+            if ragged and stage.score is None:
+                continue
+            stage = dataclasses.replace(stage, inner=_each_head(stage.inner))
+        stages.append(_each_head(stage) if isinstance(stage, Store) else stage)
+    return chain(*stages)
+
+
+def _each_head(stage: Store) -> Store:
+    return dataclasses.replace(stage, codec=apart(stage.codec))
 
 
 def held(storage: Storage) -> Chain:

@@ -33,8 +33,9 @@ class Maxima(Statistic):
     name: str = "channel_maxima"
 
     def init(self, spec: Spec) -> dict[str, Array]:
-        zero = jnp.zeros((spec.layers, spec.batch, spec.kv_heads, spec.width), jnp.float32)
-        return {"q": zero, "k": zero}
+        shape = (spec.layers, spec.batch, spec.kv_heads, spec.width)
+        # Two arrays: what is donated may stand in a state only once.
+        return {"q": jnp.zeros(shape, jnp.float32), "k": jnp.zeros(shape, jnp.float32)}
 
     def update(self, value: dict[str, Array], k: Array, context: Commit) -> dict[str, Array]:
         q, valid = jnp.abs(context.seen.q.astype(jnp.float32)), context.seen.pos >= 0

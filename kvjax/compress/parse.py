@@ -10,16 +10,25 @@ from typing import Any
 
 from kvjax.cache import Chain
 from kvjax.compress.adakv import adakv
+from kvjax.compress.chelsea import chelsea
 from kvjax.compress.compress_kv_heads import compress_kv_heads
+from kvjax.compress.cskv import cskv
+from kvjax.compress.d2o import d2o
 from kvjax.compress.dense import dense
+from kvjax.compress.double_sparsity import double_sparsity
+from kvjax.compress.ems import ems
 from kvjax.compress.expected_attention import expected_attention
 from kvjax.compress.gear import gear
 from kvjax.compress.h2o import h2o
+from kvjax.compress.hydragen import hydragen
 from kvjax.compress.keydiff import keydiff
 from kvjax.compress.kivi import kivi
 from kvjax.compress.knorm import knorm
 from kvjax.compress.kvquant import kvquant
+from kvjax.compress.kvzip import kvzip
 from kvjax.compress.mikv import mikv
+from kvjax.compress.mustafar import mustafar
+from kvjax.compress.prefixkv import prefixkv
 from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
 from kvjax.compress.rotatekv import rotatekv
@@ -36,7 +45,8 @@ METHODS: dict[str, Callable[..., Chain]] = {
     for f in (
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
-        vidkv, xkv, compress_kv_heads,
+        vidkv, mustafar, kvzip, xkv, compress_kv_heads, cskv,
+        d2o, ems, chelsea, prefixkv, hydragen, double_sparsity,
     )
 }  # fmt: skip
 

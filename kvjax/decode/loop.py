@@ -13,6 +13,7 @@ from jax import Array
 from kvjax.cache import Cache, Chain, Stage, apart, commit, finish, init_cache, together
 from kvjax.cache.types import pytree
 from kvjax.decode.process import Processor, processors
+from kvjax.decode.replay import Words, replay
 from kvjax.decode.sample import Sampler
 from kvjax.models.decoder import forward
 from kvjax.models.llama import Model
@@ -67,6 +68,7 @@ def prefill(
     constants: Any = None,
     kernels: str = "xla",
     layout: Any = None,
+    words: Words | None = None,
 ) -> tuple[Array, Cache]:
     """Runs prompts into a fresh cache.
 
@@ -77,11 +79,14 @@ def prefill(
       tokens: int32 [B, T].
       transform: how the cache holds tokens.
       lengths: int32 [B], tokens of each right-padded row; None: all T.
-      positions: int32 [B, T] in place of lengths (-1: padding, anywhere).
-      max_length: room per row, prompt included. new_tokens: in its place, room beyond the prompt.
+      positions: int32 [B, T] in place of lengths (-1: padding, anywhere). None: one after the
+        other, from the end of the shared prefix on where one is given.
+      max_length: room per row, prompt and shared prefix included. new_tokens: in its place, room
+        beyond them.
       chunk: tokens per forward pass; None: all at once.
       dtype: of exact keys and values; None: that of the embedding.
       exact_layers, constants, kernels, layout: see `init_cache`.
+      words: for chains that have the prompt replayed (`kvjax.decode.replay`): what asks for it.
 
     Returns:
       (logits float32 [B, V] of the last token of each row, cache ready to decode).
@@ -89,14 +94,20 @@ def prefill(
     tokens = jnp.asarray(tokens, jnp.int32)
     if tokens.ndim != 2:
         raise ValueError(f"tokens has shape {tokens.shape}: expected [batch, time]")
+    batch, time = tokens.shape
+    given = None
+    if isinstance(transform, Chain):
+        given = transform.given(constants or {}, batch)
     if positions is None:
         positions = positions_of(tokens, lengths)
+        if given is not None:
+            positions = jnp.where(positions >= 0, positions + given[0][:, None], -1)
     if (max_length is None) == (new_tokens is None):
         raise ValueError(
             f"max_length={max_length}, new_tokens={new_tokens}: give exactly one of the two"
         )
-    batch, time = tokens.shape
-    max_length = time + new_tokens if max_length is None else max_length
+    if max_length is None:
+        max_length = time + new_tokens + (0 if given is None else given[1])
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: at least 1 token per forward pass")
     cache = init_cache(
@@ -111,7 +122,16 @@ def prefill(
         kernels=kernels,
         layout=layout,
     )
-    return extend(model, cache, tokens, positions, phase="prefill", chunk=chunk, fresh=True)
+    return extend(
+        model,
+        cache,
+        tokens,
+        positions,
+        phase="prefill",
+        chunk=chunk,
+        fresh=given is None,
+        words=words,
+    )
 
 
 def extend(
@@ -123,6 +143,7 @@ def extend(
     phase: str = "append",
     chunk: int | None = None,
     fresh: bool = False,
+    words: Words | None = None,
 ) -> tuple[Array, Cache]:
     """Runs more tokens into a cache, in chunks; donates the cache.
 
@@ -131,6 +152,7 @@ def extend(
       phase: "prefill" (then `finish` is called at the end) or "append" (a later turn).
       chunk: tokens per forward pass; None: all at once.
       fresh: the cache is known to be empty.
+      words: see `prefill`.
 
     Returns:
       (logits float32 [B, V] of each row's last token, cache).
@@ -155,6 +177,8 @@ def extend(
         result = logits if result is None else jnp.where((last > best)[:, None], logits, result)
         best = jnp.maximum(best, last)
     if phase == "prefill":
+        if rest.replays:
+            moving, rest = apart(replay(model, together(moving, rest), tokens, positions, words))
         moving = _finish(moving, rest)
     return result, together(moving, rest)
 

@@ -12,6 +12,7 @@ import numpy as np
 from kvjax.cache import Chain, Stage, chain, store
 from kvjax.decode.loop import generate, prefill
 from kvjax.decode.process import Processor
+from kvjax.decode.replay import repeat_words
 from kvjax.decode.sample import Sampler
 from kvjax.models.llama import Model
 from kvjax.models.tokenizer import Tokenizer
@@ -64,17 +65,23 @@ def stream(
       segment: tokens between two yields.
       callback: called with what is yielded.
 
+    Raises:
+      ValueError: a prompt without a token, a stop string that is empty or no string.
+
     Yields:
       A list with the text that each row has gained since last time ("" where none).
     """
+    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+        raise ValueError(f"stop={stop!r}: expected a list of strings that are not empty")
     rows = [tokenizer.encode(p) if isinstance(p, str) else tokenizer.chat(p) for p in prompts]
     tokens, lengths = pad(rows)
     segment = min(segment, new_tokens)
     rounds = -(-new_tokens // segment)
+    method = chain(store()) if method is None else chain(method)
+    asking = repeat_words(tokenizer, not isinstance(prompts[0], str)) if method.replays else None
     logits, cache = prefill(
-        model, tokens, chain(store()) if method is None else method,
-        lengths=jnp.asarray(lengths), new_tokens=rounds * segment, chunk=chunk,
-        kernels=kernels,
+        model, tokens, method, lengths=jnp.asarray(lengths), new_tokens=rounds * segment,
+        chunk=chunk, kernels=kernels, words=asking,
     )  # fmt: skip
     shown = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
     streams = [tokenizer.stream() for _ in rows]

@@ -1,15 +1,33 @@
 """Tasks and metrics."""
 
 from kvjax.evaluate.agreement import agreement
-from kvjax.evaluate.needles import Needle, found, needles
 from kvjax.evaluate.product_of_marginals import ideal_accuracy, total_correlation
+from kvjax.evaluate.tasks import (
+    TASKS,
+    Draft,
+    Labelled,
+    Sample,
+    Task,
+    associative_recall,
+    contained,
+    first_right,
+    joint_recall,
+    needles,
+)
 from kvjax.evaluate.text import language_reference, load_text, samples
 
 __all__ = [
-    "Needle",
+    "TASKS",
+    "Draft",
+    "Labelled",
+    "Sample",
+    "Task",
     "agreement",
-    "found",
+    "associative_recall",
+    "contained",
+    "first_right",
     "ideal_accuracy",
+    "joint_recall",
     "language_reference",
     "load_text",
     "needles",

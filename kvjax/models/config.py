@@ -133,6 +133,7 @@ class Config:
       attention_softcap, final_softcap: c in c * tanh(x / c), or None.
       windows: per layer, how many keys a query sees, itself included; None: all. Empty: all None.
       rope, local_rope: rotary rule; `local_rope`, where given, is that of windowed layers.
+      unrotated: layers without rotary embedding.
       rotary_width: rotated channels per head; None: all.
       tied: whether the output head is the embedding.
       max_length: `max_position_embeddings`.
@@ -167,6 +168,7 @@ class Config:
     windows: tuple[int | None, ...] = ()
     rope: RopeConfig = RopeConfig()
     local_rope: RopeConfig | None = None
+    unrotated: tuple[int, ...] = ()
     rotary_width: int | None = None
     tied: bool = True
     max_length: int = 2048
@@ -202,6 +204,8 @@ class Config:
             raise ValueError(
                 f"windows has {len(self.windows)} entries, expected one per layer ({self.layers})"
             )
+        if bad := [i for i in self.unrotated if not 0 <= i < self.layers]:
+            raise ValueError(f"unrotated={bad}: expected layers from 0 to {self.layers - 1}")
         if self.activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"activation={self.activation!r}: expected 'silu' or 'gelu_tanh'")
         if self.rotated % 2 or self.rotated > self.head_dim:

@@ -17,6 +17,7 @@ from kvjax.models.weights import Piece, Sharding, assemble
 # GGUF architecture -> family; "llama" also holds Mistral.
 FAMILIES = {
     "llama": "llama",
+    "smollm3": "smollm3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "gemma": "gemma",
@@ -142,6 +143,8 @@ def gguf_config(file: GGUFFile) -> Config:
             attention_softcap=number("attn_logit_softcapping", 50.0) if arch == "gemma2" else None,
             final_softcap=number("final_logit_softcapping", 30.0) if arch == "gemma2" else None,
             windows=windows,
+            # The file does not say it: every fourth layer has no rotary embedding.
+            unrotated=tuple(range(3, layers, 4)) if arch == "smollm3" else (),
             rope=_rope(file, arch, number, size, max_length),
             local_rope=RopeConfig(base=number("rope.freq_base_swa", 10000.0))
             if arch == "gemma3"
@@ -234,7 +237,7 @@ def _piece(file: GGUFFile, config: Config, name: str, layer: int) -> Piece:
         return Piece(tensor("ffn_up.weight"), start, start + config.mlp_width)
     found = tensor(_NAMES[name])
     places = None
-    if config.family == "llama" and stem in ("q", "k", "q_bias", "k_bias"):
+    if config.family in ("llama", "smollm3") and stem in ("q", "k", "q_bias", "k_bias"):
         places = _half_split(heads if stem[0] == "q" else kv_heads, d)
     return Piece(
         found,
@@ -245,8 +248,8 @@ def _piece(file: GGUFFile, config: Config, name: str, layer: int) -> Piece:
 
 
 def _half_split(heads: int, head_dim: int) -> np.ndarray:
-    """Where each row of a "llama" q or k goes: there pair j is rows 2j, 2j + 1 of a head, here
-    rows j, j + head_dim / 2."""
+    """Where each row of such a q or k goes: there pair j is rows 2j, 2j + 1 of a head, here rows j,
+    j + head_dim / 2."""
     row = np.arange(heads * head_dim)
     head, inside = row // head_dim, row % head_dim
     return head * head_dim + inside % 2 * (head_dim // 2) + inside // 2

@@ -23,6 +23,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": _SILU_EPS | {"sliding_window": 4096},
     "qwen2": _SILU_EPS | {"max_window_layers": 28},
     "qwen3": _SILU_EPS | {"max_window_layers": 28, "head_dim": 128},
+    "smollm3": _SILU_EPS
+    | {
+        "tie_word_embeddings": True,
+        "rope_theta": 2e6,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32_768,
+        "no_rope_layer_interval": 4,
+    },
     "gemma": _GEMMA,
     "gemma2": _GEMMA
     | {
@@ -120,7 +128,7 @@ def _config(read: _Reader, family: str) -> Config:
     width, layers = read.size("hidden_size"), read.size("num_hidden_layers", limit=4096)
     heads = read.size("num_attention_heads", limit=2**16)
     head_dim = read.size("head_dim", max(width // heads, 1))
-    bias = family in ("llama", "qwen3", "bamba") or gemma
+    bias = family in ("llama", "smollm3", "qwen3", "bamba") or gemma
     bias = family == "qwen2" or (bias and read.flag("attention_bias"))
     if read.get("use_bidirectional_attention"):
         raise read.fail("use_bidirectional_attention", True, "false: attention is causal")
@@ -139,7 +147,7 @@ def _config(read: _Reader, family: str) -> Config:
         activation=_activation(read, gemma),
         qkv_bias=bias,
         out_bias=bias and family != "qwen2",
-        mlp_bias=family in ("llama", "bamba") and read.flag("mlp_bias"),
+        mlp_bias=family in ("llama", "smollm3", "bamba") and read.flag("mlp_bias"),
         qk_norm=family in ("qwen3", "gemma3_text"),
         post_norms=sandwich,
         embed_scale=math.sqrt(width) if gemma else None,
@@ -149,6 +157,7 @@ def _config(read: _Reader, family: str) -> Config:
         windows=_windows(read, family, layers),
         rope=full,
         local_rope=local,
+        unrotated=_unrotated(read, layers) if family == "smollm3" else (),
         rotary_width=None if rotated == head_dim else rotated,
         tied=read.flag("tie_word_embeddings"),
         max_length=read.size("max_position_embeddings", limit=2**31),
@@ -184,7 +193,7 @@ def _activation(read: _Reader, gemma: bool) -> str:
 
 def _windows(read: _Reader, family: str, layers: int) -> tuple[int | None, ...]:
     used = family not in ("llama", "gemma", "bamba")
-    if family in ("qwen2", "qwen3"):
+    if family in ("smollm3", "qwen2", "qwen3"):
         used = read.flag("use_sliding_window")
     if not used or read.get("sliding_window") is None:
         return ()
@@ -204,12 +213,25 @@ def _windows(read: _Reader, family: str, layers: int) -> tuple[int | None, ...]:
     elif family == "gemma3_text":
         period = read.size("sliding_window_pattern", 6)
         sliding = [(layer + 1) % period != 0 for layer in range(layers)]
+    elif family == "smollm3":
+        sliding = [layer in _unrotated(read, layers) for layer in range(layers)]
     elif family in ("qwen2", "qwen3"):
         first = read.get("max_window_layers")
         sliding = [layer >= first for layer in range(layers)]
     else:
         sliding = [True] * layers
     return tuple(window if s else None for s in sliding) if any(sliding) else ()
+
+
+def _unrotated(read: _Reader, layers: int) -> tuple[int, ...]:
+    """Layers without rotary embedding: 0 in `no_rope_layers`, else the last of every few."""
+    flags = read.get("no_rope_layers")
+    if flags is None:
+        every = read.size("no_rope_layer_interval")
+        return tuple(range(every - 1, layers, every))
+    if not isinstance(flags, list) or len(flags) != layers or any(f not in (0, 1) for f in flags):
+        raise read.fail("no_rope_layers", flags, f"{layers} entries, each 0 or 1")
+    return tuple(i for i, flag in enumerate(flags) if not flag)
 
 
 def _ropes(read: _Reader, family: str, head_dim: int) -> tuple[RopeConfig, RopeConfig | None, int]:

@@ -32,6 +32,7 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
@@ -199,8 +200,11 @@ def _attention_json(config: Config) -> dict:
     if config.windows and config.family not in ("mistral", "phi3"):
         kinds = ("full_attention", "sliding_attention")
         found["layer_types"] = [kinds[w is not None] for w in config.windows]
-    if config.family in ("qwen2", "qwen3"):
+    if config.family in ("smollm3", "qwen2", "qwen3"):
         found["use_sliding_window"] = window is not None
+    if config.family == "smollm3":
+        found["no_rope_layers"] = [int(i not in config.unrotated) for i in range(config.layers)]
+    if config.family in ("qwen2", "qwen3"):
         whole = [i for i, w in enumerate(config.windows) if w is not None]
         found["max_window_layers"] = whole[0] if whole else config.layers
     if config.local_rope is not None:

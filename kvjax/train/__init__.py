@@ -18,6 +18,7 @@ from kvjax.train.losses import (
 )
 from kvjax.train.masked_diffusion import corrupt, log_likelihood, masked_diffusion, predict
 from kvjax.train.parts import combine, labels, leaf_name, partition
+from kvjax.train.reconstruction import reconstruction
 from kvjax.train.trainer import Loss, TrainState, fit, measure, start, train_step
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "measure",
     "partition",
     "predict",
+    "reconstruction",
     "squared_error",
     "start",
     "token_losses",

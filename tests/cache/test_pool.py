@@ -168,10 +168,15 @@ def counts(draw):
 
 
 @settings(max_examples=100, deadline=None)
-@given(counts(), st.booleans())
-def test_allocation_is_a_partition(count, grows):
+@given(counts(), st.booleans(), st.booleans())
+def test_allocation_is_a_partition(count, grows, shared):
     growth = 9 if grows else 0
-    pool = Pool.init(SPEC if grows else SPEC.replace(max_length=30), 30 + growth, 1)
+    spec = SPEC if grows else SPEC.replace(max_length=30)
+    if shared:  # one total for all layers: what one leaves another may take
+        spec = spec.replace(totals=(sum(SPEC.totals),))
+        count = count[::-1]
+    pool = Pool.init(spec, 30 + growth, 1)
+    assert pool.shared == shared
     pool = allocate(pool, jnp.asarray(count + growth))
     address, owner = np.asarray(pool.address), np.asarray(pool.owner)
     wanted = np.full(owner.shape, -1)

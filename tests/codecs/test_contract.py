@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from codec_zoo import WIDTH, ZOO, decode, encode, given, pullback, roundtrip, sample
 
-from kvjax.codecs import Transform, compose, outliers, projection, quantize, rotate
+from kvjax.codecs import Transform, compose, outliers, projection, quantize, rotate, sparse
 
 every = pytest.mark.parametrize("codec", ZOO.values(), ids=ZOO.keys())
 
@@ -192,6 +192,10 @@ def test_bits_per_value():
         (lambda: compose(quantize(2), rotate()), "is not a transform"),
         (lambda: projection(4).encode(jnp.zeros((1, 8))), "constants has no 'basis'"),
         (lambda: outliers(2.0), "fraction is 2.0: expected 0 to 1"),
+        (lambda: sparse(1.5), "sparsity is 1.5: a share of the entries is 0 to 1"),
+        (lambda: sparse(0.5, quantize(2, "channel")), "codec is .* expected .* single tokens"),
+        (lambda: sparse(0.5, block=0), "block is 0: expected an integer of at least 1"),
+        (lambda: sparse(0.5).check(12), "width is 12: a bitmap needs a multiple of 8"),
     ],
 )
 def test_errors_name_the_argument(build, message):

@@ -18,6 +18,7 @@ from kvjax.codecs import (
     normalize,
     per_kv,
     permute_heads,
+    project_heads,
     quantize,
     residual,
     rotate_heads,
@@ -36,12 +37,19 @@ CODECS = {
     "ordered": compose(rotate_heads(4), permute_heads("order"), quantize(2)),
     "merged": merge_heads(1),
     "half": merge_heads(0.5, "half", quantize(4)),
+    "projected": project_heads(0.4, "f"),
+    "projected, coded": compose(project_heads(0.4, "f"), quantize(4, "channel", 16)),
     "moved": compose(normalize("n"), quantize(2, group=8)),
 }
 BASIS = np.linalg.qr(np.random.default_rng(6).standard_normal((H * D, H * D)))[0]
+R = int(0.4 * D)
+FACTORS = np.random.default_rng(5).standard_normal((2, H * D, H * R)).astype(np.float32) / 7
 GIVEN = {
     "heads": jnp.asarray(BASIS[:, :D].reshape(H, D, D), jnp.float32),
     "half": jnp.asarray(BASIS[:, :24].reshape(H, D, 24), jnp.float32),
+    "f_down": jnp.asarray(FACTORS[0][None]),
+    "f_up": jnp.asarray(FACTORS[1].T[None]),
+    "f_offset": jnp.arange(H * D, dtype=jnp.float32)[None] / 10,
     "order": jnp.asarray(ORDER, jnp.int32),
     "n_centre": jnp.arange(D, dtype=jnp.float32),
     "n_range": jnp.arange(1, D + 1, dtype=jnp.float32),
@@ -98,6 +106,47 @@ def test_an_empty_code_has_the_shapes_of_a_full_one(name):
     codec = CODECS[name]
     form = functools.partial(jax.tree.map, lambda a: (a.shape, a.dtype.name))
     assert form(codec.empty((2, H), T, D)) == form(encode(codec, sample(), None, GIVEN))
+
+
+def test_projection_is_that_of_the_joined_channels():
+    x, codec = sample(), CODECS["projected"]
+    wide = np.moveaxis(x, 1, 2).reshape(2, T, H * D).astype(np.float64)
+    offset = np.arange(H * D) / 10
+    y = (wide - offset) @ FACTORS[0]
+    got = encode(codec, x, None, GIVEN)
+    want = np.moveaxis(y.reshape(2, T, H, R), 2, 1)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    back = np.moveaxis((y @ FACTORS[1].T + offset).reshape(2, T, H, D), 2, 1)
+    np.testing.assert_allclose(decode(codec, got, jnp.float32, GIVEN), back, atol=1e-4)
+    # Constants of one head serve each head alike.
+    one = {
+        n: v[..., :D] if n == "f_offset" else v[..., :D, :R] for n, v in GIVEN.items() if "f_" in n
+    }
+    one["f_up"] = GIVEN["f_up"][..., :R, :D]
+    each = codec.forward(jnp.asarray(x), one)
+    want = (x - offset[:D]) @ FACTORS[0][:D, :R]
+    np.testing.assert_allclose(each, want, atol=1e-4)
+    with pytest.raises(ValueError, match=r"part is 0.05: of 16 channels a head it leaves none"):
+        project_heads(0.05).check(16)
+    for bad in (0.0, 1.1, True, "a"):
+        with pytest.raises(ValueError, match="part is"):
+            project_heads(bad)
+
+
+def test_projection_passes_gradients_to_its_factors():
+    """Through the quantiser after it too: the loss falls along the negative gradient."""
+    x, codec = jnp.asarray(sample()), CODECS["projected, coded"]
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(given):
+        return jnp.mean((codec.roundtrip(x, None, None, given) - x) ** 2)
+
+    given = {n: v for n, v in GIVEN.items() if n.startswith("f_")}
+    before, slope = loss(given)
+    assert all(float(jnp.abs(g).max()) > 0 for g in slope.values())
+    after, _ = loss(jax.tree.map(lambda a, g: a - 1e-2 * g, given, slope))
+    assert after < 0.97 * before
 
 
 def test_bytes_are_shared_by_the_heads():

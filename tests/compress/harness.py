@@ -11,6 +11,7 @@ import numpy as np
 from kvjax.cache import commit, finish, init_cache
 from kvjax.codecs import AcrossHeads, MergeHeads, PerKV
 from kvjax.compress import parse
+from kvjax.decode import replay
 from kvjax.models import llama
 from kvjax.models.config import Config
 from kvjax.models.decoder import forward
@@ -61,7 +62,8 @@ def run(model, cache, x, pos, tail, tail_pos):
     """Prompt, finish, then one token after the other: logits [B, 1 + STEPS, V] and the cache."""
     TRACES.append("run")
     first, new = forward(model, None, pos, cache, phase="prefill", embeddings=x, logits="last")
-    cache = finish(commit(cache, new, phase="prefill"))
+    cache = commit(cache, new, phase="prefill")
+    cache = finish(replay(model, cache, None, pos, embeddings=x) if cache.replays else cache)
 
     def step(cache, xs):
         x, pos = xs
@@ -106,6 +108,9 @@ def plain_constants(chain, config) -> dict:
     found = {}
     for stage in chain.stages:
         stage = getattr(stage, "inner", stage)
+        for name in getattr(getattr(stage, "reader", None), "constants", ()):  # orders of channels
+            x = jnp.tile(jnp.arange(config.head_dim, dtype=jnp.int32)[::-1], (config.heads, 1))
+            found[name] = jnp.broadcast_to(x, (config.layers, 1, *x.shape))
         pair = getattr(stage, "codec", None)
         for codec in (pair.k, pair.v) if isinstance(pair, PerKV) else ():
             wide = isinstance(codec, AcrossHeads)
@@ -119,6 +124,10 @@ def plain_constants(chain, config) -> dict:
                     x = jnp.asarray(np.tile(x, (heads // group, 1, 1))[None], jnp.float32)
                 elif "order" in name:
                     x = jnp.arange(heads * width, dtype=jnp.int32)[::-1].reshape(1, heads, width)
+                elif name.endswith(("_down", "_up")):
+                    x = jnp.eye(*(heads * n for n in spec.shape))[None, None]
+                elif name.endswith("_offset"):
+                    x = jnp.zeros((1, 1, heads * width))
                 elif name.endswith(("_centre", "_range")):
                     x = jnp.full((1, 1, *spec.shape), float("range" in name))
                 elif name == "balance":

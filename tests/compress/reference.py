@@ -241,8 +241,11 @@ def advance(cache, i, logits):
     return _step(cache, new_rows(at, top_, total))
 
 
-def agree(cache, held, step=0, positions=None):
-    """What the next query reads of our cache is attention over held(l, b) -> K, V per KV head."""
+def agree(cache, held, step=0, positions=None, bias=None):
+    """What the next query reads of our cache is attention over held(l, b) -> K, V per KV head.
+
+    `bias`: (l, b, head) -> what is added to the logits.
+    """
     rng = np.random.default_rng(7)
     raw = rng.standard_normal((L, B, HQ, 1, D))
     pos = np.asarray([[n + step] for n in LENGTHS])
@@ -250,7 +253,7 @@ def agree(cache, held, step=0, positions=None):
     for l, b, h in np.ndindex(L, B, HQ):
         k, v = held(l, b)[h // G]
         at = pos[b] if positions is None else positions(l, b)
-        s = turn(raw[l, b, h], at) @ k.T
+        s = turn(raw[l, b, h], at) @ k.T + (0.0 if bias is None else bias(l, b, h // G))
         np.testing.assert_allclose(out[l, b, h, 0], (softmax(s) @ v)[0], atol=2e-5, rtol=2e-5)
         want = np.log(np.exp(s - s.max()).sum()) + s.max()
         np.testing.assert_allclose(lse[l, b, h, 0], want, atol=2e-5, rtol=2e-5)

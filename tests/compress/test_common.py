@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from kvjax.cache import finish, init_cache, nbytes
+from kvjax.cache import apart, finish, init_cache, nbytes, restore_cache, save_cache
 from kvjax.compress import METHODS, parse
 from tests.compress.harness import (
     CONFIG,
@@ -51,13 +51,27 @@ SETTINGS = {
     "rotatekv": "rotatekv(sinks=3)",
     "kvquant": "kvquant",
     "vidkv": "vidkv(group=8, residual=8)",
+    "mustafar": "mustafar(window=4)",
+    "kvzip": "kvzip(keep=0.5, chunk=10, hint=3, sinks=2)",
+    "kvzip, all heads alike": "kvzip(keep=0.5, chunk=24, sinks=2, uniform=True)",
     "xkv": "xkv(group=2, key_rank=9, value_rank=14)",
     "xkv, selective": "xkv(key_rank=9, value_rank=14, budget=4, chunk=2, local=1, outliers=1)",
     "compress_kv_heads": "compress_kv_heads(sinks=2)",
+    "cskv": "cskv(window=6)",
+    "cskv 4 bits": "cskv(window=8, sliding=False, bits=4)",
+    "d2o": "d2o(keep=0.5, sinks=2)",
+    "d2o, layers alike": "d2o(tokens=9, sinks=1, layers=False)",
+    "ems": "ems(keep=0.5, window=4, threshold=0.1)",
+    "chelsea": "chelsea(keep=0.5, chunk=4, sinks=2, recent=3, release=3)",
+    "prefixkv": "prefixkv(keep=0.5)",
+    "prefixkv, offline": "prefixkv(keep=0.5, parts=(2, 1))",
+    "hydragen": "hydragen",  # without a prefix; with one: test_hydragen.py
+    "hydragen in kivi": "hydragen(levels=2, storage=kivi(bits=4, group=4, residual=8))",
+    "double_sparsity": "double_sparsity(tokens=6, channels=3, dense_layers=0)",
+    "double_sparsity 4 bits": "double_sparsity(tokens=6, channels=4, bits=4, dense_layers=1)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
-    "adakv in gear": f"adakv(keep=0.5, {VOTE}, "
-    "storage=gear(bits=2, group=4, buffer=8, span=8, prompt_rank=2, across=False))",
+    "adakv in gear": f"adakv(keep=0.5, {VOTE}, storage=gear(bits=2, group=4, buffer=8, span=8))",
 }
 # Settings that must equal dense decoding; tokens beyond the prompt too, hence 32 of them.
 LIMITS = {
@@ -82,17 +96,34 @@ LIMITS = {
     "kvquant": "kvquant(bits=16)",
     "vidkv": "vidkv(key_bits=16, value_bits=16)",
     "vidkv, never full": "vidkv(group=8, residual=32)",
+    "mustafar": "mustafar(key_sparsity=0, value_sparsity=0, window=4)",
+    "mustafar, all entries large": "mustafar(key_sparsity=0.1, value_sparsity=0.2, window=4)",
+    "mustafar, all in the window": "mustafar(window=32)",
+    "cskv": "cskv(key_density=1.0, value_density=1.0, window=4)",
+    "cskv, no window": "cskv(key_density=1.0, value_density=1.0, window=0)",
+    "cskv, never full": "cskv(bits=4)",
     "kvquant, all sinks": "kvquant(sinks=32)",
+    "d2o": "d2o(tokens=32)",
+    "d2o, a prompt that fits": "d2o(tokens=32, sinks=0, limit=1)",
+    "ems": "ems(tokens=24, window=4)",
+    "chelsea": "chelsea(tokens=32, sinks=2, recent=3)",
+    "prefixkv": "prefixkv(keep=1.0)",
+    "prefixkv, offline": "prefixkv(keep=1.0, parts=(1, 3))",
+    "kvzip": "kvzip(keep=1.0, chunk=10, sinks=2)",
     "xkv": "xkv(key_rank=1.0, value_rank=1.0)",
     "xkv, selective": "xkv(key_rank=1.0, value_rank=1.0, budget=24, outliers=1)",
     "compress_kv_heads": "compress_kv_heads(keep=1.0)",
+    "hydragen": "hydragen(levels=3)",
+    "double_sparsity": "double_sparsity(tokens=32, channels=4, bits=2, dense_layers=0)",
+    "double_sparsity, no sparse layer": "double_sparsity(tokens=2, channels=8)",
     "compress_kv_heads, before": "compress_kv_heads(keep=1.0, rope='before')",
     "xkv, all of it local": "xkv(key_rank=1, value_rank=1, budget=8, local=3)",
 }
 # Methods that have no budget keep every token; so does mikv, whose budget is of exact ones, and
 # compress_kv_heads, whose budget is of heads.
 EVERYTHING = {n for n, f in METHODS.items() if "keep" not in inspect.signature(f).parameters}
-EVERYTHING |= {"mikv", "mikv, growing", "xkv, selective", "compress_kv_heads"}
+EVERYTHING |= {"mikv", "mikv, growing", "xkv, selective", "compress_kv_heads", "cskv 4 bits"}
+EVERYTHING |= {"hydragen in kivi", "double_sparsity 4 bits"}
 EXACT = 2e-5  # of logits of size about 3: float32 sums in another order
 # Sums in another order may move a float16 scale by its rounding, or at a tie a code by a step. What
 # the cases look for (a wrong row, a felt NaN) moves logits by 0.5 and more.
@@ -142,6 +173,28 @@ def test_rows_are_independent(name):
     alike(name, logits[0], base(SETTINGS[name])[0][1])
 
 
+@every
+def test_saved_and_restored(name, tmp_path):
+    """The same arrays and the same kind of cache, so decoding goes on identically."""
+    cache = base(SETTINGS[name])[1]
+    save_cache(tmp_path / "cache", cache)
+    like = jax.eval_shape(lambda: finish(cache_of(SETTINGS[name])))
+    found = restore_cache(tmp_path / "cache", like)
+    assert jax.tree.structure(found) == jax.tree.structure(cache)
+    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(cache)))
+
+
+def test_another_cache_is_not_restored(tmp_path):
+    save_cache(tmp_path / "cache", base("dense")[1])
+    like = jax.eval_shape(lambda: finish(cache_of("kivi(group=4, residual=8)")))
+    with pytest.raises(
+        ValueError, match=r"cache: \.?state.* expected .*: it was saved from another"
+    ):
+        restore_cache(tmp_path / "cache", like)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        restore_cache(tmp_path / "nowhere", like)
+
+
 @pytest.mark.parametrize("name", ["h2o", "adakv in gear"])
 def test_row_alone(name):
     logits, _ = go(SETTINGS[name], LENGTHS[1:2], (1,))
@@ -178,6 +231,13 @@ def test_slots_are_distinct_with_true_positions(name):
     assert (size == everything) == (name in EVERYTHING)
 
 
+@every
+def test_no_array_stands_twice(name):
+    """A fresh cache can be donated: XLA refuses the same buffer twice."""
+    leaves = [x for x in jax.tree.leaves(apart(cache_of(SETTINGS[name]))[0]) if x.size]
+    assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
+
+
 # --- memory: shapes alone say it, so nothing is compiled ---
 
 
@@ -202,6 +262,14 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("snapkv(keep=0.25)", 0.29, 0.31),
         ("pyramidkv(keep=0.25)", 0.29, 0.36),  # a page and its fraction more per head
         ("adakv(keep=0.25)", 0.29, 0.36),
+        ("kvzip(keep=0.25)", 0.29, 0.36),
+        ("d2o(keep=0.25)", 0.47, 0.50),  # slots for twice the mean, of which half are used
+        ("d2o(keep=0.25, layers=False)", 0.23, 0.26),
+        ("ems(keep=0.25)", 0.29, 0.31),
+        ("chelsea(keep=0.25)", 0.29, 0.31),
+        ("prefixkv(keep=0.25)", 0.29, 0.36),
+        ("prefixkv(keep=0.25, parts=(3, 1))", 0.29, 0.36),
+        ("kvzip(keep=0.25, uniform=True)", 0.29, 0.31),
         ("expected_attention(keep=0.25)", 0.29, 0.31),
         ("keydiff(keep=0.25)", 0.29, 0.31),
         ("knorm(keep=0.25)", 0.29, 0.31),
@@ -217,11 +285,20 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("rotatekv", 0.11, 0.13),  # 2.5 bits, and 20 of 544 tokens exactly
         ("vidkv(residual=32)", 0.07, 0.13),  # 2.2 bits, 31 of 544 tokens may wait exactly
         ("kvquant", 0.11, 0.13),  # 3.4 bits
+        ("mustafar", 0.39, 0.41),  # (21 x 32 + 64) / 64 bits = 0.36, 32 of 544 tokens exactly
+        ("mustafar(key_sparsity=0.5, value_sparsity=0.5)", 0.57, 0.59),  # 0.55
         # half of the channels, and projections as large as 32 of these few tokens
         ("compress_kv_heads", 0.55, 0.57),
         ("compress_kv_heads(keep=0.25)", 0.27, 0.29),
         # a rank per token and group, the maps of 512 ranks, and 32 exact tokens
         ("xkv", 0.27, 0.29),
+        ("hydragen", 1.0 - 1e-9, 1.001),  # nothing is shared
+        # all, and labels of 32 channels for each of 2 heads of 64, keys and values
+        ("double_sparsity", 1.24, 1.26),
+        ("double_sparsity(bits=4)", 1.03, 1.05),
+        # Half of 512, 32 of 544 tokens exactly: 0.53; and 4 matrices of 128 x 64 each layer: 0.12.
+        ("cskv", 0.64, 0.66),
+        ("cskv(bits=4)", 0.30, 0.32),  # 2.5 bits: 0.07; 63 tokens may wait exactly: 0.12; 0.12
         ("snapkv(keep=0.25, storage=kivi(bits=2, residual=32))", 0.02, 0.1),
     ],
 )

@@ -1,5 +1,7 @@
 """What is refused, before anything is compiled, and in what words."""
 
+import dataclasses
+import functools
 import inspect
 
 import jax
@@ -7,7 +9,7 @@ import pytest
 
 from kvjax.cache import chain, finish, init_cache, recent, share, store
 from kvjax.codecs import balance, compose, dense, quantize
-from kvjax.compress import METHODS, gear, h2o, kivi, parse, snapkv, streaming_llm
+from kvjax.compress import METHODS, adakv, gear, h2o, kivi, parse, snapkv, streaming_llm
 from tests.compress.harness import CONFIG
 
 REFUSED = [
@@ -36,6 +38,11 @@ REFUSED = [
     ("gear(across=1)", r"gear\(across=1\): expected True"),
     ("gear(outliers=2)", r"gear\(outliers=2\)"),
     ("gear(group=48)", r"gear\(group=48\): .* divisor of buffer=64"),
+    ("mustafar(key_sparsity=1.5)", r"mustafar\(key_sparsity=1.5\): .* in \[0, 1\]"),
+    ("mustafar(value_sparsity=True)", r"mustafar\(value_sparsity=True\)"),
+    ("mustafar(window=-1)", r"mustafar\(window=-1\): expected an integer of at least 0"),
+    ("mustafar(release=4, block=8)", r"mustafar\(block=8\): expected a divisor of release=4"),
+    ("mustafar(bits=9)", r"mustafar\(bits=9\): expected an integer from 1 to 8"),
     ("snapkv(kernel=4)", r"kernel=4: expected an odd number"),
     ("snapkv(pool='sum')", r"pool='sum': expected 'mean' or 'max'"),
     ("pyramidkv(beta=0.5)", r"beta=0.5.*at least 1"),
@@ -110,7 +117,32 @@ def test_slot_methods_take_codecs_of_single_tokens():
 def test_selection_takes_any_storage():
     assert snapkv(storage=quantize(4)) == snapkv(storage=chain(store(quantize(4))))
     assert snapkv(storage=kivi()).stages[1:] == kivi().stages
-    assert snapkv(storage=gear()).stages[1:] == gear().stages
+    # Heads hold different tokens then, in adakv unlike numbers of them too.
+    assert snapkv(storage=gear()).stages[1:] == gear(across=False).stages
+    assert adakv(storage=gear()).stages[1:] == gear(across=False).stages[1:]
+
+
+STORAGES = (
+    "kivi",
+    "kivi(bits=4)",
+    "gear",
+    "rtn(bits=4)",
+    "turboquant",
+    "vidkv",
+    "mustafar",
+    "dense",
+)
+SELECTIONS = ("snapkv", "pyramidkv", "adakv", "expected_attention", "keydiff", "knorm", "kvzip")
+
+
+@pytest.mark.parametrize("method", SELECTIONS)
+def test_selection_starts_with_any_storage(method):
+    """With the defaults of both, shapes alone: 1,024 tokens are kept, or a share, of 4,096."""
+    config = dataclasses.replace(CONFIG, head_dim=64)
+    for storage in STORAGES:
+        text = f"{method}(storage={storage})"
+        made = functools.partial(init_cache, config, parse(text)[0][1], 1, 4160, prompt=4096)
+        assert jax.tree.leaves(jax.eval_shape(made)), text
 
 
 def test_a_pool_refuses_constants_per_head():

@@ -58,6 +58,41 @@ def test_kivi_boundaries():
     assert (stage.values.left(jnp.asarray(seen)) == np.maximum(0, seen - R)).all()
 
 
+def pruned(x, sparsity):
+    """Entries below the m-th smallest magnitude of their token, m = max(1, int(s D)), to zero."""
+    m = max(1, int(sparsity * D))
+    return np.where(abs(x) >= np.sort(abs(x), -1)[..., m - 1 : m], x, 0)
+
+
+@pytest.mark.parametrize("release", [1, 3])
+def test_mustafar(release):
+    """One token that leaves the window is pruned after each step, or several together."""
+
+    def read(r, n):
+        old = max(0, n - 5) // release * release
+        k = join(pruned(r.k[:, :old], 0.7), r.k[:, old:n])
+        return k, join(pruned(r.v[:, :old], 0.5), r.v[:, old:n])
+
+    follow(f"mustafar(value_sparsity=0.5, window=5, release={release})", read)
+
+
+def test_mustafar_prunes_before_it_quantises():
+    """Ranges are those of the entries that stay; what is pruned reads exactly zero."""
+
+    def coarse(x):
+        out = np.zeros_like(x)
+        for at in np.ndindex(x.shape[:2]):
+            there = pruned(x[at], 0.7) != 0
+            out[at][there] = affine(x[at][there], 4, 0)
+        return out
+
+    def read(r, n):
+        old = max(0, n - 5)
+        return [join(coarse(x[:, :old]), x[:, old:n]) for x in (r.k, r.v)]
+
+    follow("mustafar(window=5, bits=4)", read)
+
+
 def test_rtn():
     def read(r, n):
         return per_token(r.k[:, :n], 4, GROUP), per_token(r.v[:, :n], 4, GROUP)

@@ -74,7 +74,9 @@ def compile_quickly(patch: pytest.MonkeyPatch, job: bool = True) -> None:
     """
     from kvjax.decode import loop
 
+    replaying = sys.modules["kvjax.decode.replay"]  # its function has the same name
     static = {
+        (replaying, "_replay"): {"static_argnames": ("column", "done")},
         (loop, "_score"): {"static_argnames": ("keep_logits",)},
         (loop, "_extend"): {"static_argnames": ("phase", "fold", "read", "logits")},
         (loop, "_generate"): {"static_argnames": loop._static},
@@ -85,7 +87,8 @@ def compile_quickly(patch: pytest.MonkeyPatch, job: bool = True) -> None:
         from experiments import exact
 
         static[exact, "_forward"] = {"static_argnames": ("marks",)}
-        static[exact, "_commit"] = {}
+        static[exact, "_commit"] = static[exact, "_hold"] = static[exact, "_finish"] = {}
+        static[exact, "_ask"] = {"static_argnames": ("marks",)}
     for (module, name), options in static.items():
         patch.setattr(module, name, quick_jit(getattr(module, name).__wrapped__, **options))
 

@@ -35,6 +35,8 @@ whole = b.weights_bytes(model)
 decoded = b.decoder(model, case, 4)()
 results = common.Results(sys.argv[2], {"model": "tiny"}, key="case")
 b.compile_part(model, results)
+rate.measure = lambda: 10.0
+b.long_part(model, rate, results, 40, dict(b.parse(sys.argv[3])))
 print(json.dumps({
     "order": order, "seconds": seconds, "ratio": b.ratio(seconds, "slow", "fast"),
     "roofline": b.of_roofline(seconds, "fast", 10),
@@ -51,8 +53,9 @@ print(json.dumps({
 def found(tiny, tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("benchmark")
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    methods = "mustafar(window=8); rotatekv(reorder=False)"
     run = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, str(tiny), str(out)],
+        [sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, str(tiny), str(out), methods],
         capture_output=True, text=True, check=False,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
     )  # fmt: skip
@@ -96,11 +99,27 @@ def test_compile_part(found):
         assert row and row["aliased"] > 0.99 and row["temporaries_mb"] > 0
 
 
-def test_refuses_parts_that_do_not_exist(tmp_path):
-    command = [sys.executable, "-m", "experiments.benchmark", "--only=decode,lng"]
-    run = subprocess.run(
-        [*command, f"--out={tmp_path}"], capture_output=True, text=True, check=False
-    )
+def test_methods_beside_dense(found):
+    rows = [found["rows"][f"{name}, 40 held"] for name in ("dense", "mustafar(window=8)")]
+    assert all(row["tokens_per_second"] > 0 and row["of_roofline"] > 0 for row in rows)
+    assert rows[1]["speed_of_dense"] > 0
+    assert rows[1]["bytes_per_token"] < rows[0]["bytes_per_token"]
+    assert rows[0]["bits_per_value"] == pytest.approx(32, rel=0.2)
+    # Needs more of a prompt than random keys and values.
+    assert not any(name.startswith("rotatekv") for name in found["rows"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--only=decode,lng", ("'lng'", "decode, capacity, long, kivi, compile, prefill, methods")),
+        ("--methods=snapvk", ("unknown method 'snapvk'", "snapkv")),
+        ("--held=2048,20", ("held=['2048', '20']", "more than tokens=32")),
+    ],
+)
+def test_refuses(argument, words, tmp_path):
+    command = [sys.executable, "-m", "experiments.benchmark", argument, f"--out={tmp_path}"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     said = run.stdout + run.stderr
     assert run.returncode == 1 and "Traceback" not in said
-    assert "'lng'" in said and "decode, capacity, long, kivi, compile, prefill" in said
+    assert all(word in said for word in words), said

@@ -6,11 +6,16 @@ import html.parser
 import re
 import shutil
 
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 
 from experiments import compress
+from experiments.exact import Exact, with_salience
+from kvjax.cache import KV, New
+from kvjax.models import load
+from kvjax.models.llama import flatten
 from tests.experiments.conftest import (
     BROKEN,
     CODED,
@@ -162,3 +167,16 @@ def test_nothing_goes_on_without_dense(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(compress.Job, "run", run)
     with pytest.raises(RuntimeError, match="no memory"):
         start(*given(tiny, tmp_path, "--methods=dense; knorm", "--needles=0"))
+
+
+def test_salience_is_the_likeness_to_the_end_of_the_prompt(tiny):
+    model, _ = load(str(tiny))
+    tokens = np.random.default_rng(0).integers(0, 250, (2, 9))
+    pos = jnp.broadcast_to(jnp.arange(9), (1, 2, 1, 9))
+    rows = KV(jnp.zeros((2, 2, 2, 9, 8)), jnp.zeros((2, 2, 2, 9, 8)), pos)
+    exact = Exact(New(rows), jnp.zeros((2, 250)), 2, 9, 0.0, jnp.asarray(tokens))
+    got = np.asarray(with_salience(model, exact, 3).new.kv.extra["salience"])
+    x = np.asarray(flatten(model)["embed"])[tokens]
+    want = np.einsum("btd,bd->bt", x, x[:, -3:].mean(1))
+    assert got.shape == (2, 2, 2, 9) and np.isneginf(got[..., -3:]).all()
+    np.testing.assert_allclose(got[1, :, 1, :6], want[:, :6], rtol=1e-5, atol=1e-6)

@@ -48,33 +48,6 @@ def test_low_rank(tiny, tmp_path):
     assert {r["rope"] for r in rows if r.get("keep") == 0.25} == {"before", "after"}
 
 
-HELD = """
-import sys
-from experiments import held
-
-class Steady:
-    def measure(self):
-        return 1e9
-
-held.Bandwidth = Steady
-held.main(held.FLAGS(["held", *sys.argv[1:]]))
-"""
-
-
-def test_held(tiny, tmp_path):
-    run(
-        HELD, f"--model={tiny}", f"--out={tmp_path}", "--held=48", "--tokens=4", "--rounds=1",
-        "--methods=xkv(group=2, key_rank=4, value_rank=4); rtn(bits=4); rotatekv(reorder=False)",
-    )  # fmt: skip
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    at = {r["case"]: r for r in rows}
-    assert len(at) == 3  # what needs more of a prompt than random keys is left out
-    dense, coded = at["dense, 48 held"], at["rtn(bits=4), 48 held"]
-    assert dense["bits_per_value"] == pytest.approx(32, rel=0.2) and dense["speed_of_dense"] == 1
-    assert coded["bytes_per_token"] < 0.4 * dense["bytes_per_token"]
-    assert all(r["tokens_per_second"] > 0 for r in rows)
-
-
 CALIBRATED = """
 import sys
 from experiments import calibrate

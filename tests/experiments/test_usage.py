@@ -25,7 +25,6 @@ def no_forward(monkeypatch):
 
     monkeypatch.setattr(exact, "_forward", compiled)
     monkeypatch.setattr(exact, "forward", compiled)
-    monkeypatch.setattr(compress, "forward", compiled)
     monkeypatch.setattr(exact, "_commit", compiled)
 
 
@@ -54,6 +53,8 @@ CASES = {
         ["--context=512", "--methods=snapkv(keep=0.125)"], ["keep=0.125", "prompt of 1"],
     ),
     "no such text": (["--text=nowhere.txt"], ["nowhere.txt", "no such file"]),
+    "no such config": (["--config=nowhere.py"], ["nowhere.py"]),
+    "out is a file": (["--out=pyproject.toml"], ["out='pyproject.toml'", "File exists"]),
     "no such model": (["--model=nowhere"], ["nowhere", "smollm2-135m"]),
     "dtype": (["--dtype=float33"], ["dtype", "float33", "float32"]),
     "dtype of integers": (["--dtype=int8"], ["dtype", "int8", "float32"]),

@@ -162,6 +162,14 @@ CASES = {
         "mamba_d_state": 8,
         "mamba_chunk_size": 8,
     },
+    "smollm3": {
+        "model_type": "smollm3",
+        "num_hidden_layers": 5,
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "tie_word_embeddings": True,
+    },
 }
 
 _LLADA = {

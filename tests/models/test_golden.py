@@ -34,9 +34,9 @@ def test_prefill_and_decode_give_the_logits_of_transformers(path, tmp_path):
     case = golden.load_case(path, tmp_path)
     model = load_pretrained(case.folder)
     # Both sides compute in float32, in another order: 1e-6 relative per operation, some thirty of
-    # them in sequence, on the scale of the largest logit.
+    # them in sequence, on the scale of the largest logit; never more than 1e-4.
     scale = max(np.abs(logits).max() for logits in case.logits)
-    check = functools.partial(np.testing.assert_allclose, atol=2e-5 * scale, rtol=0)
+    check = functools.partial(np.testing.assert_allclose, atol=min(2e-5 * scale, 1e-4), rtol=0)
     for side in ("left", "right"):
         tokens, positions, valid = case.padded(side)
         cache = init_cache(model.config, chain(store()), 2, case.length, prompt=tokens.shape[1])

@@ -154,6 +154,9 @@ def check(case: Case, part: Any, plain: dict, empty: np.ndarray) -> None:
     # Where values were packed or not, rounding of logits moves weights by as much.
     spread = np.abs(plain["v"]).max() * max(1.0, 0.0 if case.top else np.abs(logit))
     np.testing.assert_allclose(part.out, out, rtol=0, atol=unit * spread)
+    # Of all outputs together, which average many values and are small beside the largest.
+    error = np.linalg.norm(np.asarray(part.out, np.float64) - out)
+    assert error <= unit * (1 if case.dtype == "bfloat16" else logit) * np.linalg.norm(out)
     assert np.array_equal(np.isneginf(np.asarray(part.max)), ~some)
     np.testing.assert_allclose(np.asarray(part.max)[some], top[some], rtol=0, atol=unit * logit)
     # log sum exp says both at once: the maximum may be rounded one way and the sum the other.
