@@ -15,6 +15,7 @@ from kvjax.cache import buffer
 from kvjax.cache.chain import Chain, chain
 from kvjax.cache.kernels import Kernels, check_kernels
 from kvjax.cache.recurrent import Recurrence
+from kvjax.cache.rotary import rope_of, span_of
 from kvjax.cache.stage import FOREVER, Commit, InputMark, Replay, Stage
 from kvjax.cache.types import (
     KV,
@@ -275,26 +276,6 @@ def init_cache(
     else:
         cache, constants = layout.create(empty), layout.everywhere(constants)
     return cache.replace(constants={**cache.constants, **constants})
-
-
-def rope_of(config: Any, length: int) -> Rope:
-    """Rotary frequencies of all attention layers, for sequences of up to `length` tokens."""
-    table = []
-    for layer in config.attention_layers:
-        rule = config.rope
-        if config.local_rope is not None and config.window(layer) is not None:
-            rule = config.local_rope
-        found, factor = rule.frequencies(config.rotated, config.max_length, length)
-        rotated = layer not in config.unrotated  # angles of zero elsewhere
-        table.append((found, factor) if rotated else (np.zeros_like(found), 1.0))
-    freq = np.asarray([f for f, _ in table], np.float32).reshape(len(table), config.rotated // 2)
-    return Rope(jnp.asarray(freq), jnp.asarray([s for _, s in table], jnp.float32))
-
-
-def span_of(config: Any) -> Array:
-    """How many positions back each attention layer sees, int32 [L]; a huge number where all."""
-    huge = jnp.iinfo(jnp.int32).max // 2
-    return jnp.asarray([config.window(i) or huge for i in config.attention_layers], jnp.int32)
 
 
 def start(cache: Cache, pos: Array) -> tuple[Any, ...]:

@@ -18,36 +18,9 @@ from kvjax.cache.paging import Pool, Rectangle, check_heads, per_layer
 from kvjax.cache.readers import Reader, each_row
 from kvjax.cache.ring import Window
 from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
-from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
+from kvjax.cache.stored import Stored
+from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, rotate
 from kvjax.codecs import Codec, PerKV, as_pair, dense, joins_heads
-
-
-@pytree("spec")
-class Stored:
-    """State of a store.
-
-    Attributes:
-      seen: int32 [L or 1, B, H or 1], tokens that have arrived.
-      pos: positions by order of arrival, and `extra` columns likewise.
-      k, v: coded units. k_ring, v_ring: [L, B, H, capacity, D], exact tokens not coded yet.
-      place: where units lie (`Rectangle` or `Pool`).
-      fitted: constants of the codec found from the prompt. index: of the reader.
-    """
-
-    seen: Array
-    pos: Array
-    extra: dict[str, Array]
-    k: Any
-    v: Any
-    k_ring: Array
-    v_ring: Array
-    place: Rectangle | Pool
-    fitted: dict[str, Array]
-    index: Any
-    spec: Spec
-
-    def replace(self, **changes: Any) -> Stored:
-        return dataclasses.replace(self, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
