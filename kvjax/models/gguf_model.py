@@ -17,9 +17,9 @@ from kvjax.models.weights import Piece, Sharding, assemble
 # GGUF architecture -> family; "llama" also holds Mistral.
 FAMILIES = {
     "llama": "llama",
-    "smollm3": "smollm3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "smollm3": "smollm3",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",

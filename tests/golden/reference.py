@@ -55,7 +55,7 @@ def _attention(c: Config, w: dict, layer: int, x: np.ndarray, length: int) -> np
         q, k = _norm(c, q, w["q_norm"]), _norm(c, k, w["k_norm"])
     rope = c.local_rope if c.local_rope is not None and window is not None else c.rope
     frequencies, factor = rope.frequencies(c.rotated, c.max_length, length)
-    angles = np.arange(time)[:, None, None] * frequencies
+    angles = np.arange(time)[:, None, None] * frequencies * (layer not in c.unrotated)
     cos, sin, half = factor * np.cos(angles), factor * np.sin(angles), c.rotated // 2
 
     def rotate(u: np.ndarray) -> np.ndarray:
