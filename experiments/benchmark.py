@@ -264,8 +264,7 @@ def size(model: Model, case: Case) -> dict[str, float]:
 
 def constants_of(model: Model, label: str, chain: Any) -> Any:
     """What a calibrated method reads; ValueError, and how to make it, where there is none."""
-    names = chain.constants(model.config.head_dim)
-    return find(FLAGS.calibration, label, names, model) if names else None
+    return find(FLAGS.calibration, label, chain.constants(model.config.head_dim), model)
 
 
 def long_part(

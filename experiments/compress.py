@@ -35,8 +35,7 @@ METHODS = (
     "dense; streaming_llm(keep=0.25); h2o(keep=0.25); tova(keep=0.25); snapkv(keep=0.25); "
     "pyramidkv(keep=0.25); adakv(keep=0.25); expected_attention(keep=0.25); keydiff(keep=0.25); "
     "knorm(keep=0.25); random_eviction(keep=0.25); kvzip(keep=0.25); kivi(bits=4); kivi(bits=2); "
-    "gear(bits=2); mikv; "
-    "snapkv(keep=0.5, storage=kivi(bits=4))"
+    "gear(bits=2); mikv; snapkv(keep=0.5, storage=kivi(bits=4))"
 )
 
 config_flags.DEFINE_config_file("config", None, "An ml_collections file; flags given win over it.")
@@ -115,10 +114,9 @@ class Job:
         self.config = self.model.config
         self.words = repeat_words(self.tokenizer)
         self.constants = {}  # by label: equal chains may have been calibrated differently
-        self.given: Any = None  # those of the method that is running
         for label, chain in methods:
             names = chain.constants(self.config.head_dim)
-            self.constants[label] = find(calibration, label, names, self.model) if names else None
+            self.constants[label] = find(calibration, label, names, self.model)
         self.marks = tuple(dict.fromkeys(m for _, c in methods for m in c.input_marks))
         text = load_text(settings["text"])
         context, more = settings["context"], settings["continuation"]
@@ -197,31 +195,33 @@ class Job:
                 except ValueError as error:
                     raise ValueError(f"{label}, prompt of {prompt} tokens: {error}") from None
 
-    def _compressed(self, exact: Exact, chain: Any, room: int, timed: bool = False) -> Any:
+    def _compressed(
+        self, exact: Exact, label: str, chain: Any, room: int, timed: bool = False
+    ) -> Any:
+        given = self.constants[label]
         if SALIENCE in chain.columns:
             exact = with_salience(self.model, exact, QUESTION)
         return compressed(
-            self.model, exact, chain, room, self.dtype, timed, self.layout, self.given, self.words
+            self.model, exact, chain, room, self.dtype, timed, self.layout, given, self.words
         )
 
     def run(self, label: str, chain: Any, progress: Any) -> dict[str, Any]:
         """All figures of one method."""
         row: dict[str, Any] = {"method": label}
-        self.given = self.constants[label]
-        figures, cache = self.quality(chain, label == "dense")
+        figures, cache = self.quality(label, chain)
         row |= figures
         progress()
         if self.needles:
-            row |= self.needle_test(chain)
+            row |= self.needle_test(label, chain)
         progress()
         row |= self.speed(cache)
         progress()
         return row
 
-    def quality(self, chain: Any, dense: bool) -> tuple[dict[str, Any], Any]:
+    def quality(self, label: str, chain: Any) -> tuple[dict[str, Any], Any]:
         """Figures of the continuation; and the cache as it was at the end of the context."""
         more = self.continuation.shape[1]
-        first, seconds = self._compressed(self.exact, chain, more, timed=True)
+        first, seconds = self._compressed(self.exact, label, chain, more, timed=True)
         cache = first
         logits = self.exact.logits
         size = kv.nbytes(cache)
@@ -235,7 +235,7 @@ class Job:
             kept.append(before)
         nll = -float(jnp.mean(jnp.concatenate(logprobs, 1)))
         kept = jnp.concatenate(kept, 1)
-        if dense:
+        if label == "dense":
             self.dense_logits, self.dense_cache = kept, first
         divergence, same = agreement(kept, self.dense_logits)
         values = 2 * self.config.head_dim * kv.tokens_held(cache)
@@ -252,15 +252,15 @@ class Job:
         }
         return figures, first
 
-    def needle_test(self, chain: Any) -> dict[str, Any]:
+    def needle_test(self, label: str, chain: Any) -> dict[str, Any]:
         hits: dict[str, list[bool]] = {mode: [] for mode in self.settings["needle_modes"]}
         for batch, (exact, both) in zip(self.needles, self.needle_exact):
             question = self._rows([n.question for n in batch])
             if "aware" in hits:
-                cache, _ = self._compressed(both, chain, ANSWER)
+                cache, _ = self._compressed(both, label, chain, ANSWER)
                 hits["aware"] += self._answers(cache, both.logits, batch)
             if "agnostic" in hits:
-                cache, _ = self._compressed(exact, chain, question.shape[1] + ANSWER)
+                cache, _ = self._compressed(exact, label, chain, question.shape[1] + ANSWER)
                 positions = positions_of(question) + exact.time
                 after, cache = extend(self.model, cache, question, positions, phase="append")
                 hits["agnostic"] += self._answers(cache, after, batch)
@@ -371,7 +371,7 @@ def run(
             raise app.UsageError(str(error)) from None
         progress.advance(task)
         if todo[0][0] != "dense":  # continued: the reference is needed again
-            job.quality(methods[0][1], dense=True)
+            job.quality(*methods[0])
         for label, chain in todo:
             progress.update(task, description=label)
             try:

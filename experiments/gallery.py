@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
         names = {label: c.constants(model.config.head_dim) for label, c in methods}
         constants: dict[str, Any] = {"dense": None}
         for label, wanted in names.items():
-            constants[label] = find(FLAGS.calibration, label, wanted, model) if wanted else None
+            constants[label] = find(FLAGS.calibration, label, wanted, model)
         tokens = jnp.asarray([ids], jnp.int32)
         shown = show(model, tokens, methods, constants, repeat_words(tokenizer))
     except (ValueError, FileNotFoundError) as error:

@@ -111,7 +111,7 @@ def _run_task(job: Job, task: str, methods: Any, results: common.Results, name_o
         row = {"row": name_of(task, label), "task": task, "method": label}
         try:
             batch = job.batch(task) if batch is None else batch
-            row |= job.run(batch, chain, label == "dense")
+            row |= job.run(batch, label, chain)
             said = f"agnostic {row['agnostic']:.0%}, aware {row['aware']:.0%}"
         except Exception as error:  # one method's failure must not cost the others
             if label == "dense":

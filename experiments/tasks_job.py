@@ -75,10 +75,10 @@ class Job:
         self.model, self.tokenizer = load(settings["model"], dtype=self.dtype)
         self.config = self.model.config
         self.words = repeat_words(self.tokenizer, settings["chat"])
-        self.constants = {}
+        self.constants = {}  # by label: equal chains may have been calibrated differently
         for label, chain in methods:
             wanted = chain.constants(self.config.head_dim)
-            self.constants[chain] = find(calibration, label, wanted, self.model) if wanted else None
+            self.constants[label] = find(calibration, label, wanted, self.model)
         self.marks = tuple(dict.fromkeys(m for _, c in methods for m in c.input_marks))
         text = load_text(settings["text"])
         self.samples = {
@@ -101,7 +101,7 @@ class Job:
                 jax.eval_shape(
                     lambda prompt=prompt: kv.init_cache(
                         self.config, chain, len(samples), most, prompt=prompt,
-                        constants=self.constants[chain],
+                        constants=self.constants[label],
                     )
                 )  # fmt: skip
             except ValueError as error:
@@ -110,28 +110,28 @@ class Job:
     def batch(self, name: str) -> Batch:
         return Batch(self.model, self.samples[name], self.marks)
 
-    def run(self, batch: Batch, chain: Any, dense: bool) -> dict[str, Any]:
+    def run(self, batch: Batch, label: str, chain: Any) -> dict[str, Any]:
         """Scores of one method on one task."""
         row: dict[str, Any] = {}
-        cache = self._compressed(batch.exact, chain, batch.asked + batch.answer)
+        cache = self._compressed(batch.exact, label, chain, batch.asked + batch.answer)
         pairs = self.config.kv_heads * len(self.config.attention_layers)
         tokens = sum(len(s.context) for s in batch.samples)
         row["held"] = kv.tokens_held(cache) / (pairs * tokens)
         room = len(batch.samples) * cache.max_length
         row["bytes_per_token"] = kv.nbytes(cache) / room
         row |= self._ask(batch, cache, batch.question, batch.positions, "agnostic")
-        cache = self._compressed(batch.whole, chain, batch.answer)
+        cache = self._compressed(batch.whole, label, chain, batch.answer)
         row |= self._answer(batch, cache, batch.whole.logits, "aware")
-        if dense:
-            cache = self._compressed(batch.exact, chain, batch.asked + batch.answer)
+        if label == "dense":
+            cache = self._compressed(batch.exact, label, chain, batch.asked + batch.answer)
             swapped = self._ask(batch, cache, *batch.rolled(), "swapped", roll=True)
             guess = float(np.mean([s.chance for s in batch.samples]))
             row |= {"swapped": swapped["swapped"], "guess": guess}
             row["chance"] = max(guess, swapped["swapped"])
         return row
 
-    def _compressed(self, exact: Exact, chain: Any, room: int) -> Any:
-        given = self.constants[chain]
+    def _compressed(self, exact: Exact, label: str, chain: Any, room: int) -> Any:
+        given = self.constants[label]
         return compressed(
             self.model, exact, chain, room, self.dtype, constants=given, words=self.words
         )[0]

@@ -28,8 +28,6 @@ from kvjax.cache.cache import (
     horizon,
     init_cache,
     nbytes,
-    rope_of,
-    span_of,
     start,
     together,
     tokens_held,
@@ -48,6 +46,7 @@ from kvjax.cache.readers import Reader, best_pages, best_tokens
 from kvjax.cache.recurrent import Recurrence, previous
 from kvjax.cache.replay import replayed, replayed_attention
 from kvjax.cache.ring import Window
+from kvjax.cache.rotary import rope_of, span_of
 from kvjax.cache.scores import (
     Score,
     accumulated_attention,

@@ -154,12 +154,15 @@ def load(folder: str | os.PathLike, model: Any) -> dict[str, Array]:
 
 def find(root: str | os.PathLike, label: str, names: Iterable[str], model: Any) -> dict[str, Array]:
     """Constants for the method `label`, from the folders in `root` that were made for it or for a
-    method inside it (its storage); or from the model, where its weights are enough.
+    method inside it (its storage); or from the model, where its weights are enough. Of no names:
+    none, and nothing is read.
 
     Raises:
       ValueError: none has them, and how to make them; or they do not fit the model.
     """
     names, refused = set(names), None
+    if not names:
+        return {}
     for file in sorted(pathlib.Path(root).glob(f"*/{FILE}")):
         about = _about(file.parent)
         # The expression itself, not the beginning of a longer one: kvquant is not kvquant(bits=2).

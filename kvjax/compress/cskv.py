@@ -2,7 +2,7 @@
 
 from kvjax.cache import Chain, Window, chain, store
 from kvjax.codecs import Codec, compose, per_kv, project_heads, quantize
-from kvjax.compress.common import bits_of
+from kvjax.compress.common import bits_of, is_number
 
 FACTORS = ("svd", "asvd", "pca", "trained")
 
@@ -67,8 +67,7 @@ def cskv(
     """
     bits_of("cskv", bits)
     for name, part in (("key_density", key_density), ("value_density", value_density)):
-        number = isinstance(part, int | float) and not isinstance(part, bool)
-        if not number or not 0 < part <= 1:
+        if not (is_number(part) and 0 < part <= 1):
             raise ValueError(f"cskv({name}={part!r}): a part of the channels lies in (0, 1]")
     if not isinstance(window, int) or isinstance(window, bool) or window < 0:
         raise ValueError(f"cskv(window={window!r}): expected an integer of at least 0")

@@ -2,7 +2,7 @@
 
 from kvjax.cache import Chain, Window, chain, store
 from kvjax.codecs import Codec, dense, per_kv, quantize, sparse
-from kvjax.compress.common import bits_of, released
+from kvjax.compress.common import bits_of, is_number, released
 
 
 def mustafar(
@@ -45,7 +45,7 @@ def mustafar(
     (6.25, 9.25)
     """
     for name, share in (("key_sparsity", key_sparsity), ("value_sparsity", value_sparsity)):
-        if isinstance(share, bool) or not 0 <= share <= 1:
+        if not (is_number(share) and 0 <= share <= 1):
             raise ValueError(f"mustafar({name}={share!r}): a share of the entries lies in [0, 1]")
     if not isinstance(window, int) or window < 0:
         raise ValueError(f"mustafar(window={window!r}): expected an integer of at least 0")

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.attention import attend_new
-from kvjax.cache.cache import Cache, attend, commit, rope_of, span_of, start
+from kvjax.cache.cache import Cache, attend, commit, start
+from kvjax.cache.rotary import rope_of, span_of
 from kvjax.cache.stage import InputMark
 from kvjax.cache.types import KV, PHASES, New, Observation, Phase, Query, merge, rotate
 from kvjax.models.config import Config

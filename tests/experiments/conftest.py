@@ -112,10 +112,10 @@ def finished(tiny, tmp_path_factory) -> pathlib.Path:
     quality = compress.Job.quality
     broken = parse(BROKEN)[0][1]
 
-    def failing(self, chain, dense):
+    def failing(self, label, chain):
         if chain == broken:
             raise RuntimeError("out of tokens <here> & now")
-        return quality(self, chain, dense)
+        return quality(self, label, chain)
 
     with pytest.MonkeyPatch.context() as patch:
         compile_quickly(patch)

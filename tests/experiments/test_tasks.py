@@ -114,7 +114,7 @@ def test_right_answers_are_scored_and_other_contexts_are_not(tiny, monkeypatch):
         own[: len(code)] = code
     said = types.SimpleNamespace(tokens=ids)
     monkeypatch.setattr(tasks_job, "generate", lambda *args, **how: said)
-    row = run.run(run.batch("passkey"), parse("dense")[0][1], dense=True)
+    row = run.run(run.batch("passkey"), *parse("dense")[0])
     assert row["agnostic"] == row["aware"] == row["first_agnostic"] == row["first_aware"] == 1
     assert row["swapped"] == row["chance"] == 0 and tasks_job.clear(row)
     assert row["held"] == 1
