@@ -47,6 +47,7 @@ from kvjax.cache.recurrent import Recurrence, previous
 from kvjax.cache.replay import replayed, replayed_attention
 from kvjax.cache.ring import Window
 from kvjax.cache.rotary import rope_of, span_of
+from kvjax.cache.rule import Choice, Rule, attending
 from kvjax.cache.scores import (
     Score,
     accumulated_attention,
@@ -59,7 +60,17 @@ from kvjax.cache.scores import (
     window_attention,
 )
 from kvjax.cache.share import Share, share
-from kvjax.cache.stage import Carried, Column, Commit, InputMark, Mark, Replay, Stage, Statistic
+from kvjax.cache.stage import (
+    Carried,
+    Column,
+    Commit,
+    InputMark,
+    LayerMark,
+    Mark,
+    Replay,
+    Stage,
+    Statistic,
+)
 from kvjax.cache.stages import by_position, first, recent
 from kvjax.cache.store import Store, store
 from kvjax.cache.types import (
@@ -84,6 +95,7 @@ __all__ = [
     "Cache",
     "Carried",
     "Chain",
+    "Choice",
     "Chosen",
     "Column",
     "Commit",
@@ -91,6 +103,7 @@ __all__ = [
     "Growth",
     "InputMark",
     "LayerBases",
+    "LayerMark",
     "Mark",
     "New",
     "Observation",
@@ -102,6 +115,7 @@ __all__ = [
     "Recurrence",
     "Replay",
     "Rope",
+    "Rule",
     "Score",
     "Share",
     "Spec",
@@ -115,6 +129,7 @@ __all__ = [
     "attend",
     "attend_new",
     "attend_slots",
+    "attending",
     "best_pages",
     "best_tokens",
     "by_position",

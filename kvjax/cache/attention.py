@@ -296,6 +296,7 @@ def received(
         p = jnp.exp(logits - safe[..., None]) / jnp.where(total > 0, total, 1.0)[..., None]
         key, at = pos[..., :, None, None, :], row[:, None, None, :, None]
         ok = (key >= 0) & (key <= at) & (at - key < span)
+        ok &= (total > 0)[..., None]  # rows that attended to nothing
         p = jnp.where(ok & (w > 0)[:, None, None, :, None], p, 0.0)
         return jnp.einsum("...bhgtn,bt->...bhn", p, w) / groups
 

@@ -16,6 +16,7 @@ from kvjax.cache.chain import Chain, chain
 from kvjax.cache.kernels import Kernels, check_kernels
 from kvjax.cache.recurrent import Recurrence
 from kvjax.cache.rotary import rope_of, span_of
+from kvjax.cache.rule import Rule
 from kvjax.cache.stage import FOREVER, Commit, InputMark, Replay, Stage
 from kvjax.cache.types import (
     KV,
@@ -78,6 +79,11 @@ class Cache:
         return tuple(dict.fromkeys(c for n in self.chains for c in self.transforms[n].replays))
 
     @property
+    def rule(self) -> Rule | None:
+        """The rule among the rows of a prompt; None: all see all rows up to them."""
+        return next((r for n in self.chains if (r := self.transforms[n].rule) is not None), None)
+
+    @property
     def streaming(self) -> bool:
         return all(t.streaming for t in self.transforms)
 
@@ -102,7 +108,8 @@ class Cache:
     @property
     def foldable(self) -> bool:
         """Whether commits may happen inside the layer scan (`forward(..., fold=True)`)."""
-        return self.streaming and len(self.chains) <= 1 and not self.needs_attention
+        alone = len(self.chains) <= 1 and self.rule is None
+        return self.streaming and alone and not self.needs_attention
 
 
 def apart(cache: Cache) -> tuple[Any, Cache]:
@@ -335,7 +342,7 @@ def commit(cache: Cache, new: New, keep: Array | None = None, phase: Phase = "de
     # Positions are written after the forward pass, which still reads those of the cache.
     pos = buffer.after(kv.pos, kv.k)
     kv = dataclasses.replace(kv, pos=pos)
-    pos = jnp.take_along_axis(pos[0, :, 0], jnp.maximum(index, 0), 1)
+    pos = jnp.take_along_axis(jnp.max(pos, (0, 2)), jnp.maximum(index, 0), 1)
     index = jnp.where(pos >= 0, index, -1)
     if index.shape[1] > 1:
         far = jnp.iinfo(jnp.int32).max
@@ -344,7 +351,8 @@ def commit(cache: Cache, new: New, keep: Array | None = None, phase: Phase = "de
     kept = index
     index = index[None, :, None]
     rows = buffer.take(kv, index)
-    length = jnp.maximum(cache.length, jnp.max(rows.pos[0, :, 0], 1) + 1)
+    pos = jnp.max(rows.pos, (0, 2))
+    length = jnp.maximum(cache.length, jnp.max(pos, 1) + 1)
     states = []
     for transform, state, layers in zip(cache.transforms, cache.state, cache.groups):
         if isinstance(transform, Recurrence):
@@ -358,7 +366,7 @@ def commit(cache: Cache, new: New, keep: Array | None = None, phase: Phase = "de
                     "this cache needs attention statistics at every commit: call "
                     "forward(..., cache) with the same cache, so that `new.seen` is there"
                 )
-            seen = _observe(new.seen, index, rows.pos[0, :, 0], layers)
+            seen = _observe(new.seen, index, pos, layers)
         if not transform.unrotated:
             own = dataclasses.replace(own, k=rotate(own.k, own.pos, rope))
         context = Commit(phase, rope, seen, {}, cache.constants, cache.softcap, cache.layout)

@@ -12,6 +12,7 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.attention import attend_slots
+from kvjax.cache.rule import Rule
 from kvjax.cache.stage import (
     FOREVER,
     Column,
@@ -20,6 +21,7 @@ from kvjax.cache.stage import (
     Replay,
     Stage,
     Statistic,
+    most,
     observe_slots,
     total,
 )
@@ -32,7 +34,7 @@ class Pending:
 
     Attributes:
       kv: every prompt token so far, in order of arrival, with all columns of the chain.
-      seen: int32 [1, B, 1], tokens so far.
+      seen: int32 [1, B, 1], tokens so far; [L, B, 1] where layers hold different ones.
       stats: prompt statistics by name.
       due: whether what is held must be replayed before it is finished; static.
     """
@@ -57,6 +59,9 @@ class Chain:
                     f"{stage} keeps every token at its position and must stand first in a chain, "
                     f"but stands at place {place + 1} of {len(self.stages)}"
                 )
+        rules = [str(stage) for stage in self.stages if getattr(stage, "rule", None)]
+        if len(rules) > 1:
+            raise ValueError(f"{' and '.join(rules)}: a prompt is computed under one rule")
 
     # --- what the chain asks for ---
 
@@ -88,6 +93,11 @@ class Chain:
     def replays(self) -> tuple[Replay, ...]:
         """Columns for which the prompt is read again before `finish`."""
         return tuple(column for column in self.columns if isinstance(column, Replay))
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule among the rows of a prompt; None: all see all rows up to them."""
+        return next((s.rule for s in self.stages if getattr(s, "rule", None)), None)
 
     def constants(self, width: int) -> tuple[str, ...]:
         """Names of the constants that the stages read."""
@@ -127,13 +137,15 @@ class Chain:
         """State before a prompt of at most `spec.prompt` tokens (0: none, ready for tokens)."""
         whole = spec.whole_prompt or spec.prompt
         spec = spec.replace(unrotated=self.unrotated, whole_prompt=whole)
+        if self.rule is not None and self.rule.drops:
+            spec = spec.replace(per_layer=True)
         if self.streaming or spec.prompt == 0:
             return self._init_stages(spec)
         jax.eval_shape(lambda: self._init_stages(spec))  # raises what is wrong with sizes, early
         names = tuple(column.name for column in self.columns)
         return Pending(
             buffer.empty(spec, spec.slots(spec.prompt), names),
-            jnp.zeros((1, spec.batch, 1), jnp.int32),
+            jnp.zeros(spec.lead, jnp.int32),
             {s.name: s.init(spec) for s in self.statistics},
             spec,
         )
@@ -186,6 +198,13 @@ class Chain:
 
     def commit(self, state: Any, kv: KV, context: Commit) -> Any:
         """Takes tokens (compact, ascending by position), keys rotated unless `unrotated`."""
+        if kv.pos.shape[0] > 1:  # layers hold different rows: make them compact in each
+            if self.rule is None or not self.rule.drops:
+                raise ValueError(
+                    f"new.kv.pos has shape {kv.pos.shape}: {self} has no rule by which layers hold "
+                    "different rows; call forward with this cache"
+                )
+            kv = buffer.by_position(kv)
         columns = self._observing(0, not isinstance(state, Pending))
         if columns and context.seen is not None:
             k = context.rotated(kv, self.unrotated)
@@ -209,11 +228,12 @@ class Chain:
                 "exactly until finish(cache), because a stage needs all of it: "
                 f"{', '.join(str(s) for s in self.stages if not s.streaming)}"
             )
-        absent = [m.name for m in self.input_marks if m.name not in kv.extra]
+        noted = () if self.rule is None else self.rule.notes
+        absent = [m.name for m in (*self.input_marks, *noted) if m.name not in kv.extra]
         if absent:
             raise ValueError(
                 f"this chain needs the columns {absent} of a prompt's tokens: call "
-                "forward(..., cache) with the same cache, so that it makes them"
+                "forward(..., cache, phase='prefill') with the same cache, so that it makes them"
             )
         held = observe_slots(state.kv, self._observing(), context, self.unrotated)
         slot = state.seen[..., None] + jnp.arange(kv.size, dtype=jnp.int32)
@@ -243,7 +263,7 @@ class Chain:
         def flow(rest: tuple) -> tuple:
             return self._push(place + 1, rest, over, context)
 
-        if leaves is True or kv.size > buffer.FEW or context.stats:
+        if leaves is True or kv.size > buffer.FEW or context.phase == "prefill":
             return (own, *flow(state[1:]))  # a finished prompt passes every stage: some fit to it
         ends = place + 2 == len(self.stages) or state[2] is None
         if ends and self.stages[place + 1].light:
@@ -272,7 +292,7 @@ class Chain:
     def held(self, state: Any) -> Array:
         """Tokens held, int32 [B]."""
         if isinstance(state, Pending):
-            return state.seen[0, :, 0]
+            return most(state.seen)
         batch = [stage.held(own) for stage, own in zip(self.stages, state) if own is not None]
         return sum(batch[1:], batch[0])
 

@@ -16,7 +16,7 @@ from jax import Array
 
 from kvjax.cache.attention import received
 from kvjax.cache.barrier import computed
-from kvjax.cache.stage import Column, Commit, InputMark, Mark, Statistic
+from kvjax.cache.stage import Column, Commit, LayerMark, Mark, Statistic
 from kvjax.cache.types import KV, Observation, Spec, pytree
 
 
@@ -155,7 +155,7 @@ class Marked(Score):
 
     @property
     def per_layer(self) -> bool:
-        return isinstance(self.column, InputMark)
+        return isinstance(self.column, LayerMark)
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -170,7 +170,7 @@ def marked(column: Mark, refuses: bool = False) -> Score:
     """The value of a column that tokens bring, the same for all heads.
 
     Args:
-      column: one that the caller puts into `New.kv.extra`, or an `InputMark`, made by `forward`.
+      column: one that the caller puts into `New.kv.extra`, or a `LayerMark`, made by `forward`.
       refuses: whether it may be -inf, for tokens that are never to be chosen.
     """
     return Marked(column, refuses)

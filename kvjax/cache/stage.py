@@ -99,7 +99,12 @@ class Mark(Carried):
 
 
 @dataclasses.dataclass(frozen=True)
-class InputMark(Mark):
+class LayerMark(Mark):
+    """A mark that differs from layer to layer: `forward` makes it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InputMark(LayerMark):
     """A mark that `forward` makes from what each layer reads."""
 
     def of_input(self, x: Array) -> Array:

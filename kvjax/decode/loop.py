@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ def _extend(
     rest: Cache,
     tokens: Array,
     positions: Array,
+    columns: Any = None,
     *,
     phase: str,
     fold: bool,
@@ -42,8 +44,9 @@ def _extend(
 ) -> tuple[Array | None, Any]:
     cache = together(moving, rest)
     out, new = forward(
-        model, tokens, positions, cache, phase=phase, fold=fold, read=read, logits=logits
-    )
+        model, tokens, positions, cache, phase=phase, fold=fold, read=read, logits=logits,
+        columns=columns,
+    )  # fmt: skip
     cache = new if fold else commit(cache, new, phase=phase)
     return out, apart(cache)[0]
 
@@ -69,6 +72,7 @@ def prefill(
     kernels: str = "xla",
     layout: Any = None,
     words: Words | None = None,
+    columns: Mapping[str, Array] | None = None,
 ) -> tuple[Array, Cache]:
     """Runs prompts into a fresh cache.
 
@@ -87,6 +91,7 @@ def prefill(
       dtype: of exact keys and values; None: that of the embedding.
       exact_layers, constants, kernels, layout: see `init_cache`.
       words: for chains that have the prompt replayed (`kvjax.decode.replay`): what asks for it.
+      columns: what the tokens bring by name, such as their type, float32 [B, T].
 
     Returns:
       (logits float32 [B, V] of the last token of each row, cache ready to decode).
@@ -131,6 +136,7 @@ def prefill(
         chunk=chunk,
         fresh=given is None,
         words=words,
+        columns=columns,
     )
 
 
@@ -144,6 +150,7 @@ def extend(
     chunk: int | None = None,
     fresh: bool = False,
     words: Words | None = None,
+    columns: Mapping[str, Array] | None = None,
 ) -> tuple[Array, Cache]:
     """Runs more tokens into a cache, in chunks; donates the cache.
 
@@ -152,24 +159,38 @@ def extend(
       phase: "prefill" (then `finish` is called at the end) or "append" (a later turn).
       chunk: tokens per forward pass; None: all at once.
       fresh: the cache is known to be empty.
-      words: see `prefill`.
+      words, columns: see `prefill`.
 
     Returns:
       (logits float32 [B, V] of each row's last token, cache).
+
+    Raises:
+      ValueError: chunks of a prompt that is computed under a rule among all of its rows.
     """
-    fold = cache.foldable
+    fold = cache.foldable and not columns
     moving, rest = apart(cache)
     time = tokens.shape[1]
     size = time if chunk is None else min(chunk, time)
+    if phase == "prefill" and rest.rule is not None and size < time:
+        raise ValueError(
+            f"chunk={chunk}: {rest.rule} needs all {time} tokens of the prompt at once"
+        )
+    columns = {n: jnp.asarray(x, jnp.float32) for n, x in (columns or {}).items()}
     best = jnp.full((tokens.shape[0],), -1, jnp.int32)
     result = None
     for start in range(0, time, size):
-        t, p = tokens[:, start : start + size], positions[:, start : start + size]
-        if t.shape[1] < size:  # the last chunk: the same shape, no second compilation
-            t = jnp.pad(t, ((0, 0), (0, size - t.shape[1])))
-            p = jnp.pad(p, ((0, 0), (0, size - p.shape[1])), constant_values=-1)
+        part = {"tokens": tokens, "positions": positions, **columns}
+        part = {name: x[:, start : start + size] for name, x in part.items()}
+        if part["tokens"].shape[1] < size:  # the last chunk: the same shape, compiled once
+            part = {
+                name: jnp.pad(
+                    x, ((0, 0), (0, size - x.shape[1])), constant_values=-(name == "positions")
+                )
+                for name, x in part.items()
+            }
+        t, p = part.pop("tokens"), part.pop("positions")
         logits, moving = _extend(
-            model, moving, rest, t, p,
+            model, moving, rest, t, p, part,
             phase=phase, fold=fold, read=not (fresh and start == 0), logits="last",
         )  # fmt: skip
         last = jnp.max(p, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax import Array
 from kvjax.cache.attention import attend_new
 from kvjax.cache.cache import Cache, attend, commit, start
 from kvjax.cache.rotary import rope_of, span_of
+from kvjax.cache.rule import Rule, attend_chosen, blank
 from kvjax.cache.stage import InputMark
 from kvjax.cache.types import KV, PHASES, New, Observation, Phase, Query, merge, rotate
 from kvjax.models.config import Config
@@ -40,6 +41,8 @@ def forward(
     remat: bool = False,
     marks: Sequence[InputMark] | None = None,
     shift: tuple[Array, Array] | None = None,
+    columns: Mapping[str, Array] | None = None,
+    rule: Rule | None = None,
 ) -> Any:
     """Runs new rows through the model, attending to the cache and to each other.
 
@@ -68,6 +71,10 @@ def forward(
       marks: columns of the new tokens, made from what each layer reads; None: as the cache asks.
       shift: added to the keys (before rotation) and values, two arrays [L, B, H, T, d]: zeros at
         which a gradient is taken say how much each number matters.
+      columns: what the new tokens bring by name, such as their type, float32 [B, T]; they travel
+        with the tokens where a stage asks for them.
+      rule: which of the new rows take part in each layer's attention; None: as the cache asks of a
+        prompt (phase "prefill").
       remat: for these keep each layer's input only, and compute the rest again on the way back.
 
     Returns:
@@ -92,8 +99,14 @@ def forward(
         statistics = cache is not None and cache.needs_attention
     if marks is None:
         marks = () if cache is None else cache.input_marks
-    if fold and marks:
-        raise ValueError(f"fold=True: the columns {[m.name for m in marks]} are not made there")
+    if rule is None and cache is not None and phase == "prefill":
+        rule = cache.rule
+    if fold and (marks or columns or rule is not None):
+        names = [*(m.name for m in marks), *(columns or {})]
+        raise ValueError(f"fold=True: rules do not act there, nor are the columns {names} made")
+    if rule is not None and config.recurrent_layers:
+        raise ValueError(f"rule={rule}: this model has recurrent layers, which take all rows")
+    brought = {n: jnp.asarray(x, jnp.float32) for n, x in (columns or {}).items()}
     valid = positions >= 0
     x = embed(model, jnp.where(valid, tokens, 0)) if embeddings is None else embeddings
     x = jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
@@ -110,9 +123,10 @@ def forward(
         x = x.astype(jnp.float32)
 
     split = cache is not None and cache.layout is not None
+    ruled = () if rule is None else rule.start(positions, _asked(rule, brought, positions))
 
-    def attention(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Any]:
-        x, carry = state
+    def attention(state: tuple[Array, Any, Any], xs: Any) -> tuple[tuple[Array, Any, Any], Any]:
+        x, carry, ruled = state
         (layer, rope, span, own, shift), index = xs
         before = x
         h = rms_norm(x.astype(dtype), layer.attention_norm[...], config)
@@ -130,10 +144,19 @@ def forward(
             jnp.zeros((x.shape[0],), jnp.int32), config.attention_softcap, windowed, differentiable,
             "xla" if cache is None else cache.kernels, None if cache is None else cache.layout,
         )  # fmt: skip
-        part = attend_new(query, keys, v, mask)
+        choice = None
+        if rule is None:
+            part = attend_new(query, keys, v, mask)
+        else:
+            choice, ruled = rule.choose(index, query, keys, ruled)
+            part = attend_chosen(query, keys, v, mask, choice, rule.sizes)
         if cache is not None and read:
             held, carry = attend(cache, index, query, carry)
+            if choice is not None and choice.rows is not None:
+                held = blank(held, choice.rows)
             part = merge(part, held)
+        if rule is not None:
+            ruled = rule.after(index, query, keys, part, ruled)
         out = part.out.astype(dtype)
         out = jnp.moveaxis(out, 1, 2).reshape(*x.shape[:2], -1)
         out = apply(out, layer.o, layer.o_bias, split)
@@ -150,9 +173,13 @@ def forward(
         if fold:
             out = _fold(cache, own, index, k, v, positions, phase)
         else:
-            marked = tuple(mark.of_input(before) for mark in marks)
-            out = (k, v, (turned, part.max, part.sum) if statistics else None, marked)
-        return (x, carry), (out, before if hidden else None)
+            marked = {mark.name: mark.of_input(before) for mark in marks}
+            took = None
+            if rule is not None:
+                marked |= {mark.name: choice.columns[mark.name] for mark in rule.notes}
+                took = valid if choice.rows is None else valid & choice.rows
+            out = (k, v, (turned, part.max, part.sum) if statistics else None, marked, took)
+        return (x, carry, ruled), (out, before if hidden else None)
 
     if config.recurrent_layers:
         kind = config.recurrence
@@ -161,8 +188,8 @@ def forward(
         reading = cache is not None and read
         remembered = cache.state[cache.recurrent] if reading else holds.init(1, x.shape[0], dtype)
 
-    def recurrent(state: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Any]:
-        x, carry = state
+    def recurrent(state: tuple[Array, Any, Any], xs: Any) -> tuple[tuple[Array, Any, Any], Any]:
+        x, carry, ruled = state
         (layer, own), index = xs
         before = x
         h = rms_norm(x.astype(dtype), layer.mixer_norm[...], config)
@@ -177,7 +204,7 @@ def forward(
             first = lambda x: x[None]  # noqa: E731
             rows = holds.advance(jax.tree.map(first, own), jax.tree.map(first, rows), valid)
             rows = jax.tree.map(lambda x: x[0], rows)
-        return (x, carry), (rows, before if hidden else None)
+        return (x, carry, ruled), (rows, before if hidden else None)
 
     _check_fold(cache, fold)
     inputs = {
@@ -193,17 +220,21 @@ def forward(
     blocks = {"attention": attention, "recurrent": recurrent}
     if remat:
         blocks = {k: jax.checkpoint(f, prevent_cse=False) for k, f in blocks.items()}
-    (x, _), found = scan_layers(kinds, blocks, (x, carry), inputs)
+    (x, _, ruled), found = scan_layers(kinds, blocks, (x, carry, ruled), inputs)
     result = _logits(model, x.astype(dtype), positions, logits, split)
     out, inputs = found.get("attention", (None, None))
     rows, others = found.get("recurrent", (None, None))
     if fold:
         return result, _unslice(cache, out, rows, positions)
     empty = jnp.zeros((0, x.shape[0], 0, x.shape[1], 0), dtype)
-    k, v, seen, marked = (empty, empty, None, ()) if out is None else out
+    k, v, seen, marked, took = (empty, empty, None, {}, None) if out is None else out
     heads = lambda x: jnp.broadcast_to(x[:, :, None], k.shape[:-1])  # noqa: E731
-    extra = {mark.name: heads(x.astype(jnp.float32)) for mark, x in zip(marks, marked)}
-    kv = KV(k, v, positions[None, :, None].astype(jnp.int32), extra)
+    named = {name: x[None] for name, x in brought.items()} | marked
+    extra = {name: heads(x.astype(jnp.float32)) for name, x in named.items()}
+    place = positions[None]
+    if rule is not None and rule.drops:
+        place = jnp.where(rule.held(took, ruled), place, -1)
+    kv = KV(k, v, place[:, :, None].astype(jnp.int32), extra)
     observed = None if seen is None else Observation(*seen, positions, span)
 
     def entering(layer: int) -> Array:
@@ -214,6 +245,12 @@ def forward(
         return inputs[config.attention_layers.index(layer)]
 
     return result, New(kv, observed, {i: entering(i) for i in hidden}, rows)
+
+
+def _asked(rule: Rule, columns: Mapping[str, Array], positions: Array) -> dict[str, Array]:
+    """The columns that a rule reads, as far as there are such; those of padding are 0."""
+    found = {mark.name: columns[mark.name] for mark in rule.reads if mark.name in columns}
+    return {name: jnp.where(positions >= 0, x, 0.0) for name, x in found.items()}
 
 
 def embed(model: Model, tokens: Array) -> Array:
