@@ -36,10 +36,12 @@ from kvjax.cache.chain import Chain, Pending, chain
 from kvjax.cache.checkpoint import restore_cache, save_cache
 from kvjax.cache.chosen import Chosen, chosen
 from kvjax.cache.cluster import cluster
+from kvjax.cache.covering import covering
 from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
 from kvjax.cache.heavy import Growth, growth, heavy
 from kvjax.cache.importance import global_local, protect
+from kvjax.cache.later import later
 from kvjax.cache.prefix import prefix
 from kvjax.cache.prune import prune
 from kvjax.cache.readers import Reader, best_pages, best_tokens
@@ -60,6 +62,7 @@ from kvjax.cache.scores import (
     window_attention,
 )
 from kvjax.cache.share import Share, share
+from kvjax.cache.sift import sift
 from kvjax.cache.stage import (
     Carried,
     Column,
@@ -139,6 +142,7 @@ __all__ = [
     "commit",
     "compact",
     "coverage",
+    "covering",
     "evenness",
     "expected_attention",
     "finish",
@@ -151,6 +155,7 @@ __all__ = [
     "init_cache",
     "key_difference",
     "key_norm",
+    "later",
     "layer_bases",
     "logical_axes",
     "marked",
@@ -178,6 +183,7 @@ __all__ = [
     "rotate",
     "save_cache",
     "share",
+    "sift",
     "span_of",
     "start",
     "store",

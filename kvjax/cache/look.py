@@ -11,7 +11,6 @@ import numpy as np
 
 from kvjax.cache.cache import Cache
 from kvjax.cache.chain import Chain, Pending
-from kvjax.cache.chosen import Chosen
 from kvjax.cache.paging import Pool
 from kvjax.cache.stage import exact
 from kvjax.cache.stages import Slots
@@ -84,7 +83,7 @@ def _stages(chain: Chain, state: Any) -> list[tuple[int, Any, Any]]:
 def _slots(stage: Any, own: Any) -> Any:
     """(layer, row, head, positions, coded, others) of every head."""
     spec = own.spec
-    inner = stage.inner if isinstance(stage, Chosen) else stage
+    inner = getattr(stage, "inner", stage)
     stored = isinstance(own, Stored)
     pos = np.asarray(own.pos if stored else own.kv.pos)
     extra = own.extra if stored else own.kv.extra

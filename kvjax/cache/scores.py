@@ -91,9 +91,9 @@ class Received(Column):
                 "attention statistics are needed by this chain but were not computed: "
                 "call forward with the cache itself, so that it can ask for them"
             )
+        if self.newest and seen.pos.shape[1] > 1:  # the other rows are not asked
+            seen = _newest(seen)
         weight = (seen.pos >= 0).astype(jnp.float32)
-        if self.newest:
-            weight = jnp.where(seen.pos == jnp.max(seen.pos, 1, keepdims=True), weight, 0.0)
         got = received(k, pos, seen, weight, context.softcap)
         if self.whole_layer:
             got = jnp.broadcast_to(jnp.mean(got, 2, keepdims=True), got.shape)
@@ -102,6 +102,14 @@ class Received(Column):
         anything = jnp.any(weight > 0, 1)[None, :, None, None]
         # Written once, over the old column: else XLA makes a second for the choice of a slot.
         return computed(jnp.where(anything, got, old))
+
+
+def _newest(seen: Observation) -> Observation:
+    """The row of highest position of each row of the batch alone."""
+    at = jnp.argmax(seen.pos, 1)
+    row = lambda x: jnp.take_along_axis(x, at.reshape(1, -1, 1, 1, *(1,) * (x.ndim - 4)), 3)  # noqa: E731
+    pos = jnp.take_along_axis(seen.pos, at[:, None], 1)
+    return Observation(row(seen.q), row(seen.max), row(seen.sum), pos, seen.span)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -186,8 +186,8 @@ class Recent(SlotStage):
     codec: Any = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.n, Share) and self.n < 1:
-            raise ValueError(f"recent(n={self.n}): n must be at least 1")
+        if not isinstance(self.n, Share) and self.n < (1 if self.release == 1 else 0):
+            raise ValueError(f"recent(n={self.n}): n must be at least 1, or 0 with a release")
         Window(1, self.release)
         self._pair()
 
@@ -251,7 +251,7 @@ def recent(n: int | Share, release: int = 1, codec: Any = None) -> Recent:
     Holds up to n + release - 1 tokens per row, in a ring: nothing is ever shifted.
 
     Args:
-      n: tokens always held, at least 1, or a `share` of the prompt.
+      n: tokens always held, at least 1 (with a release of several, 0), or a `share` of the prompt.
       release: how many leave together, oldest first (a group for a codec that needs one).
       codec: per-token codec, or per_kv of two; None: exact.
     """

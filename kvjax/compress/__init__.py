@@ -37,6 +37,7 @@ from kvjax.compress.tova import tova
 from kvjax.compress.turboquant import turboquant
 from kvjax.compress.vidkv import vidkv
 from kvjax.compress.xkv import xkv
+from kvjax.compress.zipvl import zipvl
 
 __all__ = [
     "METHODS",
@@ -71,4 +72,5 @@ __all__ = [
     "turboquant",
     "vidkv",
     "xkv",
+    "zipvl",
 ]

@@ -39,6 +39,7 @@ from kvjax.compress.tova import tova
 from kvjax.compress.turboquant import turboquant
 from kvjax.compress.vidkv import vidkv
 from kvjax.compress.xkv import xkv
+from kvjax.compress.zipvl import zipvl
 
 METHODS: dict[str, Callable[..., Chain]] = {
     f.__name__: f
@@ -46,7 +47,7 @@ METHODS: dict[str, Callable[..., Chain]] = {
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
         vidkv, mustafar, kvzip, xkv, compress_kv_heads, cskv,
-        d2o, ems, chelsea, prefixkv, hydragen, double_sparsity,
+        d2o, ems, chelsea, prefixkv, hydragen, double_sparsity, zipvl,
     )
 }  # fmt: skip
 

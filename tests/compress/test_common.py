@@ -69,6 +69,8 @@ SETTINGS = {
     "hydragen in kivi": "hydragen(levels=2, storage=kivi(bits=4, group=4, residual=8))",
     "double_sparsity": "double_sparsity(tokens=6, channels=3, dense_layers=0)",
     "double_sparsity 4 bits": "double_sparsity(tokens=6, channels=4, bits=4, dense_layers=1)",
+    "zipvl": "zipvl(tau=0.6, probes=4, drawn=6, interval=5, group=4)",
+    "zipvl, forgetting": "zipvl(tau=0.6, probes=4, drawn=6, evict=True)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, storage=gear(bits=2, group=4, buffer=8, span=8))",
@@ -117,13 +119,16 @@ LIMITS = {
     "double_sparsity": "double_sparsity(tokens=32, channels=4, bits=2, dense_layers=0)",
     "double_sparsity, no sparse layer": "double_sparsity(tokens=2, channels=8)",
     "compress_kv_heads, before": "compress_kv_heads(keep=1.0, rope='before')",
+    "zipvl": "zipvl(tau=1.0, bits=16)",
+    "zipvl, both exact": "zipvl(tau=1.0, bits=16, low_bits=16, interval=3, group=4)",
+    "zipvl, forgetting": "zipvl(tau=1.0, evict=True)",
     "xkv, all of it local": "xkv(key_rank=1, value_rank=1, budget=8, local=3)",
 }
 # Methods that have no budget keep every token; so does mikv, whose budget is of exact ones, and
 # compress_kv_heads, whose budget is of heads.
 EVERYTHING = {n for n, f in METHODS.items() if "keep" not in inspect.signature(f).parameters}
 EVERYTHING |= {"mikv", "mikv, growing", "xkv, selective", "compress_kv_heads", "cskv 4 bits"}
-EVERYTHING |= {"hydragen in kivi", "double_sparsity 4 bits"}
+EVERYTHING |= {"hydragen in kivi", "double_sparsity 4 bits"}  # and `evict` is no budget
 EXACT = 2e-5  # of logits of size about 3: float32 sums in another order
 # Sums in another order may move a float16 scale by its rounding, or at a tie a code by a step. What
 # the cases look for (a wrong row, a felt NaN) moves logits by 0.5 and more.
@@ -137,7 +142,8 @@ def near(a, b):
 
 def alike(name, a, b):
     """Equal up to the order of sums."""
-    coded = any(word in SETTINGS[name] for word in ("bits", "mikv", "vidkv", "kvquant", "rotatekv"))
+    words = ("bits", "mikv", "vidkv", "kvquant", "rotatekv", "zipvl")
+    coded = any(word in SETTINGS[name] for word in words)
     np.testing.assert_allclose(a, b, rtol=0, atol=CODED if coded else EXACT)
 
 
@@ -298,6 +304,10 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("double_sparsity(bits=4)", 1.03, 1.05),
         # Half of 512, 32 of 544 tokens exactly: 0.53; and 4 matrices of 128 x 64 each layer: 0.12.
         ("cskv", 0.64, 0.66),
+        # 512 + 32 tokens at 5 bits and as many at 3, of which each is in one only: 0.25 of 32 bits;
+        # 99 wait in the tail for the split (0.18), 31 on both sides for their groups (0.11)
+        ("zipvl", 0.5, 0.6),
+        ("zipvl(evict=True, limit=0.5)", 0.52, 0.54),
         ("cskv(bits=4)", 0.30, 0.32),  # 2.5 bits: 0.07; 63 tokens may wait exactly: 0.12; 0.12
         ("snapkv(keep=0.25, storage=kivi(bits=2, residual=32))", 0.02, 0.1),
     ],
