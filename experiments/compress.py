@@ -21,7 +21,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import common, report
 from experiments.common import setting, settings
-from experiments.exact import Exact, asked, compressed, exact_prefill, with_salience
+from experiments.exact import (
+    Exact,
+    asked,
+    compressed,
+    exact_prefill,
+    under_rule,
+    with_salience,
+)
 from kvjax import cache as kv
 from kvjax import parallel
 from kvjax.calibrate import find
@@ -221,9 +228,10 @@ class Job:
     def quality(self, label: str, chain: Any) -> tuple[dict[str, Any], Any]:
         """Figures of the continuation; and the cache as it was at the end of the context."""
         more = self.continuation.shape[1]
-        first, seconds = self._compressed(self.exact, label, chain, more, timed=True)
+        exact = under_rule(self.model, self.exact, chain, timed=True)
+        first, seconds = self._compressed(exact, label, chain, more, timed=True)
         cache = first
-        logits = self.exact.logits
+        logits = exact.logits
         size = kv.nbytes(cache)
         logprobs, kept = [], []
         for start in range(0, more, SEGMENT):
@@ -248,7 +256,7 @@ class Job:
             "cache_bytes": size,
             "bytes_per_token": size / (self.exact.batch * (self.exact.time + more)),
             "bits_per_value": 8 * size / values,
-            "prefill_tokens_per_second": prompt_tokens / (self.exact.seconds + seconds),
+            "prefill_tokens_per_second": prompt_tokens / (exact.seconds + seconds),
         }
         return figures, first
 
@@ -256,6 +264,7 @@ class Job:
         hits: dict[str, list[bool]] = {mode: [] for mode in self.settings["needle_modes"]}
         for batch, (exact, both) in zip(self.needles, self.needle_exact):
             question = self._rows([n.question for n in batch])
+            exact, both = (under_rule(self.model, x, chain) for x in (exact, both))
             if "aware" in hits:
                 cache, _ = self._compressed(both, label, chain, ANSWER)
                 hits["aware"] += self._answers(cache, both.logits, batch)

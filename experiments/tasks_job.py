@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.exact import Exact, asked, compressed, exact_prefill
+from experiments.exact import Exact, asked, compressed, exact_prefill, under_rule
 from kvjax import cache as kv
 from kvjax.calibrate import find
 from kvjax.decode import extend, generate, repeat_words
@@ -113,15 +113,17 @@ class Job:
     def run(self, batch: Batch, label: str, chain: Any) -> dict[str, Any]:
         """Scores of one method on one task."""
         row: dict[str, Any] = {}
-        cache = self._compressed(batch.exact, label, chain, batch.asked + batch.answer)
+        exact = under_rule(self.model, batch.exact, chain)
+        cache = self._compressed(exact, label, chain, batch.asked + batch.answer)
         pairs = self.config.kv_heads * len(self.config.attention_layers)
         tokens = sum(len(s.context) for s in batch.samples)
         row["held"] = kv.tokens_held(cache) / (pairs * tokens)
         room = len(batch.samples) * cache.max_length
         row["bytes_per_token"] = kv.nbytes(cache) / room
         row |= self._ask(batch, cache, batch.question, batch.positions, "agnostic")
-        cache = self._compressed(batch.whole, label, chain, batch.answer)
-        row |= self._answer(batch, cache, batch.whole.logits, "aware")
+        whole = under_rule(self.model, batch.whole, chain)
+        cache = self._compressed(whole, label, chain, batch.answer)
+        row |= self._answer(batch, cache, whole.logits, "aware")
         if label == "dense":
             cache = self._compressed(batch.exact, label, chain, batch.asked + batch.answer)
             swapped = self._ask(batch, cache, *batch.rolled(), "swapped", roll=True)
