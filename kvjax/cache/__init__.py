@@ -7,6 +7,7 @@ each keeping some tokens and passing the rest on. Codecs (`kvjax.codecs`): how a
 from kvjax.cache.absorb import Absorb, moving, nearest
 from kvjax.cache.attention import attend_new, attend_slots, received
 from kvjax.cache.axes import logical_axes
+from kvjax.cache.bands import Bands, attend_bands, bands
 from kvjax.cache.bases import LayerBases, layer_bases
 from kvjax.cache.budgets import (
     Budget,
@@ -35,13 +36,16 @@ from kvjax.cache.cache import (
 from kvjax.cache.chain import Chain, Pending, chain
 from kvjax.cache.checkpoint import restore_cache, save_cache
 from kvjax.cache.chosen import Chosen, chosen
+from kvjax.cache.chunks import in_chunks
 from kvjax.cache.cluster import cluster
 from kvjax.cache.covering import covering
 from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
+from kvjax.cache.groups import Groups, groups
 from kvjax.cache.heavy import Growth, growth, heavy
 from kvjax.cache.importance import global_local, protect
 from kvjax.cache.later import later
+from kvjax.cache.levels import Levels, levels, named, relevance
 from kvjax.cache.prefix import prefix
 from kvjax.cache.prune import prune
 from kvjax.cache.readers import Reader, best_pages, best_tokens
@@ -94,6 +98,7 @@ from kvjax.cache.types import (
 __all__ = [
     "KV",
     "Absorb",
+    "Bands",
     "Budget",
     "Cache",
     "Carried",
@@ -103,10 +108,12 @@ __all__ = [
     "Column",
     "Commit",
     "Fit",
+    "Groups",
     "Growth",
     "InputMark",
     "LayerBases",
     "LayerMark",
+    "Levels",
     "Mark",
     "New",
     "Observation",
@@ -130,9 +137,11 @@ __all__ = [
     "adaptive",
     "apart",
     "attend",
+    "attend_bands",
     "attend_new",
     "attend_slots",
     "attending",
+    "bands",
     "best_pages",
     "best_tokens",
     "by_position",
@@ -149,19 +158,23 @@ __all__ = [
     "first",
     "given",
     "global_local",
+    "groups",
     "growth",
     "heavy",
     "horizon",
+    "in_chunks",
     "init_cache",
     "key_difference",
     "key_norm",
     "later",
     "layer_bases",
+    "levels",
     "logical_axes",
     "marked",
     "merge",
     "merge_over",
     "moving",
+    "named",
     "nbytes",
     "nearest",
     "newest_attention",
@@ -176,6 +189,7 @@ __all__ = [
     "received",
     "recency",
     "recent",
+    "relevance",
     "replayed",
     "replayed_attention",
     "restore_cache",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.attention import attend_new
+from kvjax.cache.bands import Bands, attend_bands
 from kvjax.cache.stage import FOREVER, Column, Commit, LayerMark, Mark, Stage
 from kvjax.cache.types import KV, Partial, Query, Spec, pytree
 
@@ -31,11 +32,14 @@ class Choice:
         they go to the next layer all the same. None: all.
       mask: bool [B or 1, T, T] (row, key), which rows each of these sees (the mask of `forward` and
         their order in time are not applied any more); None: as `forward` says.
+      bands: `Bands`, in place of a mask: the same in a form of which empty blocks are skipped;
+        then all rows take part.
       columns: what is noted of each row under the names of `Rule.notes`, float32 [B, T].
     """
 
     rows: Array | None = None
     mask: Array | None = None
+    bands: Bands | None = None
     columns: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
@@ -109,6 +113,10 @@ def attend_chosen(
         smallest that holds the chosen rows of every row of the batch runs, on gathered rows.
     """
     rows, total = choice.rows, query.pos.shape[1]
+    if choice.bands is not None:
+        if rows is not None or choice.mask is not None:
+            raise ValueError("Choice(bands=...): expected neither rows nor a mask beside them")
+        return attend_bands(query, keys, values, choice.bands)
     mask = mask if choice.mask is None else choice.mask
     if rows is None:
         return attend_new(query, keys, values, mask)

@@ -35,6 +35,7 @@ from kvjax.compress.snapkv import snapkv
 from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
 from kvjax.compress.turboquant import turboquant
+from kvjax.compress.video_xl_2 import video_xl_2
 from kvjax.compress.vidkv import vidkv
 from kvjax.compress.xkv import xkv
 from kvjax.compress.zipvl import zipvl
@@ -70,6 +71,7 @@ __all__ = [
     "streaming_llm",
     "tova",
     "turboquant",
+    "video_xl_2",
     "vidkv",
     "xkv",
     "zipvl",

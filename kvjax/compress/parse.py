@@ -37,6 +37,7 @@ from kvjax.compress.snapkv import snapkv
 from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
 from kvjax.compress.turboquant import turboquant
+from kvjax.compress.video_xl_2 import video_xl_2
 from kvjax.compress.vidkv import vidkv
 from kvjax.compress.xkv import xkv
 from kvjax.compress.zipvl import zipvl
@@ -47,7 +48,7 @@ METHODS: dict[str, Callable[..., Chain]] = {
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
         vidkv, mustafar, kvzip, xkv, compress_kv_heads, cskv,
-        d2o, ems, chelsea, prefixkv, hydragen, double_sparsity, zipvl,
+        d2o, ems, chelsea, prefixkv, hydragen, double_sparsity, zipvl, video_xl_2,
     )
 }  # fmt: skip
 

@@ -73,6 +73,7 @@ def prefill(
     layout: Any = None,
     words: Words | None = None,
     columns: Mapping[str, Array] | None = None,
+    hold: bool = False,
 ) -> tuple[Array, Cache]:
     """Runs prompts into a fresh cache.
 
@@ -92,6 +93,8 @@ def prefill(
       exact_layers, constants, kernels, layout: see `init_cache`.
       words: for chains that have the prompt replayed (`kvjax.decode.replay`): what asks for it.
       columns: what the tokens bring by name, such as their type, float32 [B, T].
+      hold: do not finish the prompt: a chain that needs all of it then still holds it exactly, and
+        `finish` may be called when more is known.
 
     Returns:
       (logits float32 [B, V] of the last token of each row, cache ready to decode).
@@ -137,6 +140,7 @@ def prefill(
         fresh=given is None,
         words=words,
         columns=columns,
+        hold=hold,
     )
 
 
@@ -151,6 +155,7 @@ def extend(
     fresh: bool = False,
     words: Words | None = None,
     columns: Mapping[str, Array] | None = None,
+    hold: bool = False,
 ) -> tuple[Array, Cache]:
     """Runs more tokens into a cache, in chunks; donates the cache.
 
@@ -159,7 +164,7 @@ def extend(
       phase: "prefill" (then `finish` is called at the end) or "append" (a later turn).
       chunk: tokens per forward pass; None: all at once.
       fresh: the cache is known to be empty.
-      words, columns: see `prefill`.
+      words, columns, hold: see `prefill`.
 
     Returns:
       (logits float32 [B, V] of each row's last token, cache).
@@ -200,7 +205,7 @@ def extend(
     if phase == "prefill":
         if rest.replays:
             moving, rest = apart(replay(model, together(moving, rest), tokens, positions, words))
-        moving = _finish(moving, rest)
+        moving = moving if hold else _finish(moving, rest)
     return result, together(moving, rest)
 
 

@@ -29,6 +29,7 @@ from tests.compress.harness import (
 )
 
 VOTE = "window=4, kernel=3"
+FEW = "carriers=1, block=1, window=4"
 # name -> settings under which a prompt of 24 tokens is really compressed.
 SETTINGS = {
     "dense": "dense",
@@ -71,6 +72,8 @@ SETTINGS = {
     "double_sparsity 4 bits": "double_sparsity(tokens=6, channels=4, bits=4, dense_layers=1)",
     "zipvl": "zipvl(tau=0.6, probes=4, drawn=6, interval=5, group=4)",
     "zipvl, forgetting": "zipvl(tau=0.6, probes=4, drawn=6, evict=True)",
+    "video_xl_2": f"video_xl_2(length=6, {FEW}, chunk=1, previous=1, relevant=1, stride=2)",
+    "video_xl_2, half": f"video_xl_2(keep=0.5, length=5, {FEW}, prefix=3, bias=True, by='mean')",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, storage=gear(bits=2, group=4, buffer=8, span=8))",
@@ -122,6 +125,8 @@ LIMITS = {
     "zipvl": "zipvl(tau=1.0, bits=16, group=4)",
     "zipvl, both exact": "zipvl(tau=1.0, bits=16, low_bits=16, interval=3, group=4)",
     "zipvl, forgetting": "zipvl(tau=1.0, evict=True)",
+    "video_xl_2": f"video_xl_2(length=6, {FEW}, stride=1, chunk=1, previous=3)",
+    "video_xl_2, all relevant": f"video_xl_2(length=6, {FEW}, relevant=4, previous=0)",
     "xkv, all of it local": "xkv(key_rank=1, value_rank=1, budget=8, local=3)",
 }
 # Methods that have no budget keep every token; so does mikv, whose budget is of exact ones, and
@@ -309,6 +314,8 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("zipvl", 0.34, 0.38),
         ("zipvl(limit=0.5)", 0.25, 0.3),
         ("zipvl(evict=True, limit=0.5)", 0.52, 0.54),
+        ("video_xl_2", 1.0 - 1e-9, 1.001),  # room for all, as any block may be relevant
+        ("video_xl_2(keep=0.25, bias=True)", 0.29, 0.32),
         ("cskv(bits=4)", 0.30, 0.32),  # 2.5 bits: 0.07; 63 tokens may wait exactly: 0.12; 0.12
         ("snapkv(keep=0.25, storage=kivi(bits=2, residual=32))", 0.02, 0.1),
     ],
