@@ -12,6 +12,10 @@ from kvjax.cache.attention import dot_keys, dot_values
 from kvjax.cache.types import Partial, Query, merge, partial_attention, pytree
 
 FAR = jnp.iinfo(jnp.int32).max
+# Rows and keys computed together. Smaller blocks waste less around what is allowed. Of 4,096 rows
+# in groups of 40, one group a chunk, one chunk before (26 % of the pairs), attention takes 133, 149
+# and 207 ms on one core with blocks of 64, 128 and 256; causal attention 315 ms.
+BLOCK = 64
 
 
 @pytree("reach", "block")
@@ -62,7 +66,9 @@ class Bands:
         return allowed / causal, computed / causal
 
 
-def bands(pos: Array, part: Array, rows: Array, keys: Array, reach: int, block: int = 64) -> Bands:
+def bands(
+    pos: Array, part: Array, rows: Array, keys: Array, reach: int, block: int = BLOCK
+) -> Bands:
     """Prepares `attend_bands`, once for all layers.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from jax import Array
 
-from kvjax.cache.bands import Bands, bands
+from kvjax.cache.bands import BLOCK, Bands, bands
 from kvjax.cache.groups import CARRIER, Groups
 from kvjax.cache.rule import Choice, Rule
 from kvjax.cache.stage import Mark
@@ -22,7 +22,7 @@ class InChunks(Rule):
     chunk: int = 4
     previous: int = 3
     carry: bool = True
-    block: int = 64
+    block: int = BLOCK
 
     def __post_init__(self) -> None:
         for name, least in (("chunk", 1), ("previous", 0), ("block", 1)):
@@ -46,7 +46,7 @@ class InChunks(Rule):
 
 
 def in_chunks(
-    groups: Groups, chunk: int = 4, previous: int = 3, carry: bool = True, block: int = 64
+    groups: Groups, chunk: int = 4, previous: int = 3, carry: bool = True, block: int = BLOCK
 ) -> InChunks:
     """Attention of a prompt in chunks of some groups, the same in all layers.
 

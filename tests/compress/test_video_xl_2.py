@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kvjax.cache import (
+    chain,
     commit,
     finish,
     init_cache,
@@ -178,8 +180,8 @@ def test_a_mixed_prompt_is_as_stated(how):
 
 
 def test_one_exact_prompt_answers_several_questions():
-    chain = video_xl_2(stride=2, block=1, relevant=1, storage=store(rope="before"))
-    cache = init_cache(CONFIG, chain, B, T + STEPS, prompt=T)
+    method = video_xl_2(stride=2, block=1, relevant=1, storage=store(rope="before"))
+    cache = init_cache(CONFIG, method, B, T + STEPS, prompt=T)
     new = new_rows(*prompt_rows(), {"type": TYPES})
     cache = commit(cache, new, phase="prefill")
     end = quick_jit(finish)
@@ -203,8 +205,8 @@ def test_one_exact_prompt_answers_several_questions():
 def test_no_more_than_there_is_room_for(keep):
     """Blocks in the order of first, last, worth; then the oldest windows go, then tokens."""
     room = int(np.ceil(keep * T))
-    chain = video_xl_2(stride=2, block=1, relevant=3, window=4, keep=keep)
-    cache = ours_chain(chain, extra={"type": TYPES})
+    method = video_xl_2(stride=2, block=1, relevant=3, window=4, keep=keep)
+    cache = ours_chain(method, extra={"type": TYPES})
     slots = []
     for b, kinds in enumerate(KINDS):
         worth = worth_of(b, "attention", 4, 1)
@@ -239,17 +241,24 @@ def plainly(b, tokens, kinds, chunk, previous):
     return plain_model.run(table[tokens], np.arange(len(kinds)), attention)
 
 
+@quick_jit
+def answer(model, cache, tokens, place):
+    """The exact prompt made ready for a question."""
+    _, new = forward(model, tokens, place, cache, phase="append", statistics=True, logits="none")
+    worth = relevance(cache, new)
+    return new, worth, finish(cache, {"relevance": worth})
+
+
 def test_prompts_are_computed_in_chunks():
     """And a question that comes later, with all blocks dense, as if it had been their end."""
-    chain = video_xl_2(chunk=1, previous=0, block=1, relevant=9, stride=2)
+    method = video_xl_2(chunk=1, previous=0, block=1, relevant=9, stride=2)
     how = dict(lengths=SIZES, columns={"type": jnp.asarray(SAID)}, new_tokens=8)
-    logits, exact = prefill(model(), jnp.asarray(TOKENS), chain, hold=True, **how)
+    logits, exact = prefill(model(), jnp.asarray(TOKENS), method, hold=True, **how)
     place = SIZES[:, None] + jnp.arange(4)
-    _, new = forward(model(), jnp.asarray(LATER), place, exact, phase="append", statistics=True)
-    worth = relevance(exact, new)
+    new, worth, finished = answer(model(), exact, jnp.asarray(LATER), place)
     assert worth.shape[0] == 2 and (np.asarray(worth)[:, :3] > 0).all()
     assert (np.asarray(worth)[:, 3:] == 0).all()
-    after, _ = extend(model(), finish(exact, {"relevance": worth}), jnp.asarray(LATER), place)
+    after, _ = extend(model(), finished, jnp.asarray(LATER), place)
     for b, kinds in enumerate(KINDS):
         want = plainly(b, TOKENS[b, : len(kinds)], kinds, 1, 0)
         np.testing.assert_allclose(logits[b], want[-1], atol=2e-5)
@@ -259,15 +268,14 @@ def test_prompts_are_computed_in_chunks():
         plain = plainly(b, tokens, [*kinds, 0, 0, 0, 0], 1, 9)
         assert np.abs(plain - want)[len(kinds) :].max() > 1e-3  # the chunks are felt
     with pytest.raises(ValueError, match="unfinished"):
-        relevance(finish(exact), new)
+        jax.eval_shape(lambda cache: relevance(finish(cache), new), exact)
     with pytest.raises(ValueError, match="chunk=8"):
-        prefill(model(), jnp.asarray(TOKENS), chain, chunk=8, **how)
+        prefill(model(), jnp.asarray(TOKENS), method, chunk=8, **how)
 
 
 def test_relevance_is_attention_of_the_question_and_mean_keys():
     """The same rows, asked as the prompt's end and as a question of its own."""
-    chain = video_xl_2(block=1, window=4)
-    cache = init_cache(CONFIG, chain, B, T + STEPS, prompt=T)
+    cache = init_cache(CONFIG, video_xl_2(block=1, window=4), B, T + STEPS, prompt=T)
     at, top, total = prompt_rows()
     cache = commit(cache, new_rows(at, top, total, {"type": TYPES}), phase="prefill")
     late = np.asarray([np.arange(n - 4, n) for n in LENGTHS])
@@ -306,7 +314,5 @@ def test_parts_refuse():
     for bad in (dict(units=[1], each=1), dict(units=[[1]], each=0)):
         with pytest.raises(ValueError, match="named"):
             named(**bad)
-    from kvjax.cache import chain
-
     with pytest.raises(ValueError, match="same tokens"):
         init_cache(MODEL, chain(ragged, *video_xl_2().stages[1:]), 1, 64, prompt=48)
