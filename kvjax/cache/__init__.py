@@ -37,6 +37,7 @@ from kvjax.cache.checkpoint import restore_cache, save_cache
 from kvjax.cache.chosen import Chosen, chosen
 from kvjax.cache.cluster import cluster
 from kvjax.cache.covering import covering
+from kvjax.cache.dropping import dropping
 from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
 from kvjax.cache.heavy import Growth, growth, heavy
@@ -143,6 +144,7 @@ __all__ = [
     "compact",
     "coverage",
     "covering",
+    "dropping",
     "evenness",
     "expected_attention",
     "finish",

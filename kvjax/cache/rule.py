@@ -52,7 +52,7 @@ class Rule:
 
     @property
     def notes(self) -> tuple[LayerMark, ...]:
-        """Columns that `choose` gives, which then travel with the tokens of each layer."""
+        """Columns that `note` gives, which then travel with the tokens of each layer."""
         return ()
 
     @property
@@ -88,6 +88,10 @@ class Rule:
     def after(self, layer: Array, query: Query, keys: Array, part: Partial, carry: Any) -> Any:
         """After it: `part` has each row's largest logit and sum [B, Hq, T]."""
         return carry
+
+    def note(self, choice: Choice, carry: Any) -> Mapping[str, Array]:
+        """What is noted of each row once a layer is done: the columns of `notes`."""
+        return choice.columns
 
     def held(self, rows: Array, carry: Any) -> Array:
         """Which rows each layer holds in the end, bool [L, B, T].

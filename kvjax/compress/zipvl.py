@@ -35,6 +35,7 @@ def zipvl(
     last: int = 1,
     seed: int = 0,
     sizes: int = 2,
+    all_ask: bool = False,
 ) -> Chain:
     """In each layer of a prompt only important tokens attend; they are stored at more bits.
 
@@ -73,6 +74,7 @@ def zipvl(
       seed: of the draw.
       sizes: how many smaller programs of attention are compiled (a half, a quarter, ... of the
         rows, at least 128); 0: none, important rows are only masked.
+      all_ask: whether the other tokens attend too, to the important ones, for comparison.
 
     Raises:
       ValueError: shares, bits or sizes out of range; on `prefill`, chunks.
@@ -92,7 +94,7 @@ def zipvl(
     ):  # fmt: skip
         if not isinstance(number, int) or number < least:
             raise ValueError(f"zipvl({name}={number!r}): expected an integer of at least {least}")
-    rule = covering(tau, ratio, probes, drawn, last, seed, sizes)
+    rule = covering(tau, ratio, probes, drawn, last, seed, sizes, all_ask)
     if evict:
         kept = chosen(share(limit), marked(rule.mark, refuses=True))
         return chain(attending(rule), kept, later(store()))
