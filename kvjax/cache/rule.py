@@ -62,8 +62,8 @@ class Rule:
 
     @property
     def sizes(self) -> int:
-        """How many smaller numbers of rows are compiled (a half, a quarter, ...), so that attention
-        among few rows takes less time."""
+        """How many smaller numbers of rows are compiled, evenly spaced (3: three, two and one
+        quarter of all), so that attention among few rows takes less time."""
         return 0
 
     def start(self, pos: Array, columns: Mapping[str, Array]) -> Any:
@@ -109,8 +109,8 @@ def attend_chosen(
     """`attend_new` among the chosen rows; the others attend to nothing (out 0, max -inf, sum 0).
 
     Args:
-      sizes: with so many smaller programs, a half, a quarter, ... of all rows (at least 128). The
-        smallest that holds the chosen rows of every row of the batch runs, on gathered rows.
+      sizes: with so many smaller programs (see `Rule.sizes`), of at least 128 rows. The smallest
+        that holds the chosen rows of every row of the batch runs, on gathered rows.
     """
     rows, total = choice.rows, query.pos.shape[1]
     mask = mask if choice.mask is None else choice.mask
@@ -122,7 +122,8 @@ def attend_chosen(
         part = attend_new(dataclasses.replace(query, pos=pos), keys, values, mask)
         return blank(part, rows)
 
-    smaller = [total >> n for n in range(1, sizes + 1) if total >> n >= LEAST]
+    smaller = [total * n // (sizes + 1) for n in range(sizes, 0, -1)]
+    smaller = [size for size in smaller if size >= LEAST]
     if not smaller or not isinstance(mask, str):
         return whole()
 
