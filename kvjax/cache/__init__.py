@@ -39,6 +39,7 @@ from kvjax.cache.chosen import Chosen, chosen
 from kvjax.cache.chunks import in_chunks
 from kvjax.cache.cluster import cluster
 from kvjax.cache.covering import covering
+from kvjax.cache.dropping import dropping
 from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
 from kvjax.cache.groups import Groups, groups
@@ -152,6 +153,7 @@ __all__ = [
     "compact",
     "coverage",
     "covering",
+    "dropping",
     "evenness",
     "expected_attention",
     "finish",

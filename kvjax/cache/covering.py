@@ -40,6 +40,7 @@ class Covering(Rule):
     last: int = 1
     seed: int = 0
     sizes: int = 0
+    all_ask: bool = False
     name: str = "important"
 
     def __post_init__(self) -> None:
@@ -113,7 +114,11 @@ class Covering(Rule):
         # Among equals the lower position wins: order by position first, then by worth.
         order = jnp.lexsort((place, jnp.where(valid, -worth, jnp.inf)))
         rows = valid & (jnp.argsort(order, axis=1) < number[:, None])
-        return Choice(rows, columns={self.name: jnp.where(rows, value, -jnp.inf)}), carry
+        columns = {self.name: jnp.where(rows, value, -jnp.inf)}
+        if self.all_ask:
+            row, key = query.pos[:, :, None], query.pos[:, None]
+            return Choice(mask=rows[:, None] & (key <= row), columns=columns), carry
+        return Choice(rows, columns=columns), carry
 
 
 def covering(
@@ -124,6 +129,7 @@ def covering(
     last: int = 1,
     seed: int = 0,
     sizes: int = 0,
+    all_ask: bool = False,
     name: str = "important",
 ) -> Covering:
     """In each layer only its important rows attend and are seen; the others pass it by.
@@ -144,6 +150,7 @@ def covering(
       last: the newest rows that are always important.
       seed: of the draw, which depends on layer and position alone.
       sizes: smaller programs for attention among few rows, see `Rule.sizes`.
+      all_ask: whether the other rows attend too, to the important ones (for comparison).
       name: of the column that notes the normalised score of important rows, -inf of the others.
 
     Raises:
@@ -154,4 +161,4 @@ def covering(
     >>> covering(0.9) == covering(cover=0.9), covering().mark == LayerMark("important")
     (True, True)
     """
-    return Covering(cover, ratio, recent, drawn, last, seed, sizes, name)
+    return Covering(cover, ratio, recent, drawn, last, seed, sizes, all_ask, name)

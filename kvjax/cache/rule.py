@@ -56,7 +56,7 @@ class Rule:
 
     @property
     def notes(self) -> tuple[LayerMark, ...]:
-        """Columns that `choose` gives, which then travel with the tokens of each layer."""
+        """Columns that `note` gives, which then travel with the tokens of each layer."""
         return ()
 
     @property
@@ -66,8 +66,8 @@ class Rule:
 
     @property
     def sizes(self) -> int:
-        """How many smaller numbers of rows are compiled (a half, a quarter, ...), so that attention
-        among few rows takes less time."""
+        """How many smaller numbers of rows are compiled, evenly spaced (3: three, two and one
+        quarter of all), so that attention among few rows takes less time."""
         return 0
 
     def start(self, pos: Array, columns: Mapping[str, Array]) -> Any:
@@ -93,6 +93,10 @@ class Rule:
         """After it: `part` has each row's largest logit and sum [B, Hq, T]."""
         return carry
 
+    def note(self, choice: Choice, carry: Any) -> Mapping[str, Array]:
+        """What is noted of each row once a layer is done: the columns of `notes`."""
+        return choice.columns
+
     def held(self, rows: Array, carry: Any) -> Array:
         """Which rows each layer holds in the end, bool [L, B, T].
 
@@ -109,8 +113,8 @@ def attend_chosen(
     """`attend_new` among the chosen rows; the others attend to nothing (out 0, max -inf, sum 0).
 
     Args:
-      sizes: with so many smaller programs, a half, a quarter, ... of all rows (at least 128). The
-        smallest that holds the chosen rows of every row of the batch runs, on gathered rows.
+      sizes: with so many smaller programs (see `Rule.sizes`), of at least 128 rows. The smallest
+        that holds the chosen rows of every row of the batch runs, on gathered rows.
     """
     rows, total = choice.rows, query.pos.shape[1]
     if choice.bands is not None:
@@ -126,7 +130,8 @@ def attend_chosen(
         part = attend_new(dataclasses.replace(query, pos=pos), keys, values, mask)
         return blank(part, rows)
 
-    smaller = [total >> n for n in range(1, sizes + 1) if total >> n >= LEAST]
+    smaller = [total * n // (sizes + 1) for n in range(sizes, 0, -1)]
+    smaller = [size for size in smaller if size >= LEAST]
     if not smaller or not isinstance(mask, str):
         return whole()
 

@@ -294,7 +294,8 @@ class New:
     """What a forward pass returns: these rows' keys and values, before rotation.
 
     Attributes:
-      kv: k, v [L, B, H, T, D], pos [1, B, 1, T]; columns of `extra` per token (types, flags).
+      kv: k, v [L, B, H, T, D], pos [1, B, 1, T] ([L, B, 1, T] where a rule lets layers hold
+        different rows); columns of `extra` per token (types, flags).
       seen: statistics of the rows, or None where they were not asked for.
       hidden: layer index -> hidden states entering that layer [B, T, D], where asked for.
       recurrent: what advances the recurrent layers by each row, arrays [L, B, T, ...] (see

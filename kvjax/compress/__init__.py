@@ -25,6 +25,7 @@ from kvjax.compress.kvquant import kvquant
 from kvjax.compress.kvzip import kvzip
 from kvjax.compress.mikv import mikv
 from kvjax.compress.mustafar import mustafar
+from kvjax.compress.mustdrop import mustdrop
 from kvjax.compress.parse import METHODS, parse
 from kvjax.compress.prefixkv import prefixkv
 from kvjax.compress.pyramidkv import pyramidkv
@@ -61,6 +62,7 @@ __all__ = [
     "kvzip",
     "mikv",
     "mustafar",
+    "mustdrop",
     "parse",
     "prefixkv",
     "pyramidkv",

@@ -28,6 +28,7 @@ from kvjax.compress.kvquant import kvquant
 from kvjax.compress.kvzip import kvzip
 from kvjax.compress.mikv import mikv
 from kvjax.compress.mustafar import mustafar
+from kvjax.compress.mustdrop import mustdrop
 from kvjax.compress.prefixkv import prefixkv
 from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
@@ -48,7 +49,8 @@ METHODS: dict[str, Callable[..., Chain]] = {
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
         vidkv, mustafar, kvzip, xkv, compress_kv_heads, cskv,
-        d2o, ems, chelsea, prefixkv, hydragen, double_sparsity, zipvl, video_xl_2,
+        d2o, ems, chelsea, prefixkv, hydragen, double_sparsity, zipvl, mustdrop,
+        video_xl_2,
     )
 }  # fmt: skip
 

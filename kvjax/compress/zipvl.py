@@ -34,7 +34,8 @@ def zipvl(
     ratio: float | None = None,
     last: int = 1,
     seed: int = 0,
-    sizes: int = 2,
+    sizes: int = 3,
+    all_ask: bool = False,
 ) -> Chain:
     """In each layer of a prompt only important tokens attend; they are stored at more bits.
 
@@ -55,8 +56,8 @@ def zipvl(
 
         attending(covering(tau)) > chosen(share(limit), important) > later(store())
 
-    A prompt is computed at once (no chunks). p is data: smaller programs (`sizes`) save time only
-    where a half or a quarter of the tokens is enough for every row of the batch.
+    A prompt is computed at once (no chunks), a later turn as ever. p is data: smaller programs of
+    attention (`sizes`) save time where one of them is enough for every row of the batch.
 
     Args:
       tau: the share of attention that important tokens hold, in (0, 1]; 1: all are important.
@@ -71,8 +72,9 @@ def zipvl(
         splits what is generated.
       last: the newest tokens of a prompt that are always important.
       seed: of the draw.
-      sizes: how many smaller programs of attention are compiled (a half, a quarter, ... of the
-        rows, at least 128); 0: none, important rows are only masked.
+      sizes: how many smaller programs of attention are compiled (3: for three, two and one quarter
+        of the rows, at least 128); 0: none, the other rows are only masked.
+      all_ask: whether the other tokens attend too, to the important ones, for comparison.
 
     Raises:
       ValueError: shares, bits or sizes out of range; on `prefill`, chunks.
@@ -92,7 +94,7 @@ def zipvl(
     ):  # fmt: skip
         if not isinstance(number, int) or number < least:
             raise ValueError(f"zipvl({name}={number!r}): expected an integer of at least {least}")
-    rule = covering(tau, ratio, probes, drawn, last, seed, sizes)
+    rule = covering(tau, ratio, probes, drawn, last, seed, sizes, all_ask)
     if evict:
         kept = chosen(share(limit), marked(rule.mark, refuses=True))
         return chain(attending(rule), kept, later(store()))

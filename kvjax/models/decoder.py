@@ -176,7 +176,7 @@ def forward(
             marked = {mark.name: mark.of_input(before) for mark in marks}
             took = None
             if rule is not None:
-                marked |= {mark.name: choice.columns[mark.name] for mark in rule.notes}
+                marked |= dict(rule.note(choice, ruled))
                 took = valid if choice.rows is None else valid & choice.rows
             out = (k, v, (turned, part.max, part.sum) if statistics else None, marked, took)
         return (x, carry, ruled), (out, before if hidden else None)

@@ -72,6 +72,8 @@ SETTINGS = {
     "double_sparsity 4 bits": "double_sparsity(tokens=6, channels=4, bits=4, dense_layers=1)",
     "zipvl": "zipvl(tau=0.6, probes=4, drawn=6, interval=5, group=4)",
     "zipvl, forgetting": "zipvl(tau=0.6, probes=4, drawn=6, evict=True)",
+    "mustdrop": "mustdrop(tau_g=0.2, tau_x=0.2, layers=(1,), visual=(2, 20))",
+    "mustdrop in one pool": "mustdrop(tau_g=0.1, tau_x=0.1, layers=(1,), visual=(2, 20), keep=0.8)",
     "video_xl_2": f"video_xl_2(length=6, {FEW}, chunk=1, previous=1, relevant=1, stride=2)",
     "video_xl_2, half": f"video_xl_2(keep=0.5, length=5, {FEW}, prefix=3, bias=True, by='mean')",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
@@ -125,6 +127,9 @@ LIMITS = {
     "zipvl": "zipvl(tau=1.0, bits=16, group=4)",
     "zipvl, both exact": "zipvl(tau=1.0, bits=16, low_bits=16, interval=3, group=4)",
     "zipvl, forgetting": "zipvl(tau=1.0, evict=True)",
+    "mustdrop": "mustdrop(tau_g=0, layers=(0, 1), visual=(2, 20))",
+    "mustdrop, single": "mustdrop(tau_g=9, tau_x=0, layers=(1,), visual=(2, 20), keep=1.0)",
+    "mustdrop, nothing visual": "mustdrop(tau_g=9, tau_x=9, layers=(0, 1))",
     "video_xl_2": f"video_xl_2(length=6, {FEW}, stride=1, chunk=1, previous=3)",
     "video_xl_2, all relevant": f"video_xl_2(length=6, {FEW}, relevant=4, previous=0)",
     "xkv, all of it local": "xkv(key_rank=1, value_rank=1, budget=8, local=3)",
@@ -314,6 +319,8 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         ("zipvl", 0.34, 0.38),
         ("zipvl(limit=0.5)", 0.25, 0.3),
         ("zipvl(evict=True, limit=0.5)", 0.52, 0.54),
+        ("mustdrop", 1.0, 1.01),  # positions of each layer; what is dropped leaves empty slots
+        ("mustdrop(keep=0.25)", 0.29, 0.36),
         ("video_xl_2", 1.0 - 1e-9, 1.001),  # room for all, as any block may be relevant
         ("video_xl_2(keep=0.25, bias=True)", 0.29, 0.32),
         ("cskv(bits=4)", 0.30, 0.32),  # 2.5 bits: 0.07; 63 tokens may wait exactly: 0.12; 0.12
