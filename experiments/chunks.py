@@ -221,7 +221,7 @@ def summary(
         "pairs": shares[0],
         "computed": shares[1],
     }
-    apart = np.asarray(logprobs) - np.asarray((base or row)["logprobs"])
+    apart = np.asarray(row["logprobs"]) - np.asarray((base or row)["logprobs"])
     row["difference"] = float(apart.mean())
     row["spread"] = float(apart.std(ddof=1) / np.sqrt(len(apart))) if len(apart) > 1 else 0.0
     return row
