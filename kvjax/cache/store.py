@@ -16,6 +16,7 @@ from kvjax.cache.fit import Fit
 from kvjax.cache.kernels import attend_stored
 from kvjax.cache.paging import Pool, Rectangle, check_heads, per_layer
 from kvjax.cache.readers import Reader, each_row
+from kvjax.cache.reading import attend_chosen, note
 from kvjax.cache.ring import Window
 from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
 from kvjax.cache.stored import Stored
@@ -171,7 +172,7 @@ class Store(Stage):
             extra=extra, k=k, v=v, k_ring=k_ring, v_ring=v_ring,
         )  # fmt: skip
         if self.reader is not None:
-            state = state.replace(index=self._note_pages(state, seen, kv, context))
+            state = state.replace(index=note(self, state, seen, kv, context))
         return state, None
 
     def _code(
@@ -208,37 +209,6 @@ class Store(Stage):
 
     def _constants(self, codec: Codec, state: Stored, given: Any) -> dict[str, Array] | None:
         return codec.pick({**(given or {}), **state.fitted}, state.spec.width)
-
-    def _note_pages(self, state: Stored, seen: Array, kv: KV, context: Commit) -> Any:
-        """Shows the reader every page that these rows completed."""
-        page, spec = self.reader.page, state.spec
-        coded = self._coded(state.seen)
-        was = self._coded(seen)
-        first, last = was // page, coded // page
-        span = (kv.size + max(self.keys.release, self.values.release, page)) // page + 1
-        number = first[..., None] + jnp.arange(span, dtype=jnp.int32)
-        number = jnp.where(number < last[..., None], number, -1)
-
-        def write(index: Any) -> Any:
-            token = jnp.maximum(number, 0)[..., None] * page + jnp.arange(page)
-            token = token.reshape(*number.shape[:3], -1)
-            constants = self._constants(self.codec.k, state, context.constants)
-            units = token[..., :: self.codec.k.block] // self.codec.k.block
-            at = lambda x: jnp.take_along_axis(  # noqa: E731
-                x, units.reshape(units.shape + (1,) * (x.ndim - 4)), 3
-            )
-            k = self.codec.k.decode(jax.tree.map(at, state.k), jnp.float32, constants)
-            pos = jnp.take_along_axis(state.pos, token, 3)
-            if spec.unrotated:
-                k = rotate(k, pos, context.rope)
-            k = k.reshape(*k.shape[:3], span, page, k.shape[-1])
-            valid = (pos >= 0).reshape(*pos.shape[:3], span, page)
-            given = {name: context.constants[name] for name in self.reader.constants}
-            return self.reader.write(index, number, k, valid, given)
-
-        if page == 1:  # with every token
-            return write(state.index)
-        return jax.lax.cond(jnp.any(last > first), write, lambda index: index, state.index)
 
     def _coded(self, seen: Array) -> Array:
         """Tokens of which both key and value are coded."""
@@ -293,7 +263,7 @@ class Store(Stage):
             return state.place.fold(layer, query, q, rows, here, slots, part)
 
         def chosen() -> Partial:
-            read = lambda *row: self._attend_pages(state, layer, *row, coded, part)  # noqa: E731
+            read = lambda *row: attend_chosen(self, state, layer, *row, coded, part)  # noqa: E731
             return each_row(query, q, read)
 
         if self.reader is None or count > buffer.FEW:
@@ -301,41 +271,6 @@ class Store(Stage):
         if self.reader.whole:
             return jax.lax.cond(layer < self.reader.whole, everything, chosen)
         return chosen()
-
-    def _attend_pages(
-        self, state: Stored, layer: Array, query: Query, q: Array, rows: Array, coded: Array,
-        part: Any,
-    ) -> Partial:  # fmt: skip
-        """In two phases: the reader names pages, and only those are gathered and decoded."""
-        page = self.reader.page
-        base = query.base(slots := state.pos.shape[-1])
-        index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
-        given = {name: per_layer(query.constants[name], layer) for name in self.reader.constants}
-        chosen = self.reader.select(index, query, q, coded // page, constants=given)
-        batch, heads, group = q.shape[:3]
-        own = heads * group if self.reader.apart else heads  # that choose
-        chosen = jnp.broadcast_to(chosen, (batch, own, chosen.shape[-1]))
-
-        def read(x: Array, block: int) -> Array:
-            each = page // block
-            unit = (chosen * page - base)[..., None] // block + jnp.arange(each)
-            got = state.place.gather(x, layer, unit.reshape(batch, heads, -1), block)
-            return got.reshape(batch, own, -1, *got.shape[3:])
-
-        # Pages whose slots are elsewhere are read there.
-        there = jnp.repeat(query.at_hand(chosen >= 0, chosen * page, slots), page, -1)
-        alone = q.reshape(batch, own, -1, q.shape[-1]), rows.reshape(batch, own, -1)
-        picked = part(read, there, *alone)
-        picked = jax.tree.map(lambda x: x.reshape(batch, heads, group, *x.shape[3:]), picked)
-        if page == 1:
-            return picked
-        # The last, incomplete page is always read.
-        token = (coded // page * page)[..., None] + jnp.arange(page)
-        rest = lambda x, block: state.place.gather(  # noqa: E731
-            x, layer, (token[..., ::block] - base) // block, block
-        )
-        mask = query.at_hand(token < coded[..., None], token, slots)
-        return merge(picked, part(rest, mask, q, rows))
 
     def _attend_tail(
         self, state: Stored, layer: Array, query: Query, q: Array, seen: Array, coded: Array
