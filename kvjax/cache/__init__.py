@@ -40,6 +40,7 @@ from kvjax.cache.expected import expected_attention
 from kvjax.cache.fit import Fit
 from kvjax.cache.heavy import Growth, growth, heavy
 from kvjax.cache.importance import global_local, protect
+from kvjax.cache.marks import token_columns
 from kvjax.cache.prefix import prefix
 from kvjax.cache.prune import prune
 from kvjax.cache.readers import Reader, best_pages, best_tokens
@@ -59,7 +60,18 @@ from kvjax.cache.scores import (
     window_attention,
 )
 from kvjax.cache.share import Share, share
-from kvjax.cache.stage import Carried, Column, Commit, InputMark, Mark, Replay, Stage, Statistic
+from kvjax.cache.spans import best_spans, ends_every, ends_in
+from kvjax.cache.stage import (
+    Carried,
+    Column,
+    Commit,
+    InputMark,
+    Mark,
+    Replay,
+    Stage,
+    Statistic,
+    TokenMark,
+)
 from kvjax.cache.stages import by_position, first, recent
 from kvjax.cache.store import Store, store
 from kvjax.cache.types import (
@@ -108,6 +120,7 @@ __all__ = [
     "Stage",
     "Statistic",
     "Store",
+    "TokenMark",
     "Window",
     "accumulated_attention",
     "adaptive",
@@ -116,6 +129,7 @@ __all__ = [
     "attend_new",
     "attend_slots",
     "best_pages",
+    "best_spans",
     "best_tokens",
     "by_position",
     "chain",
@@ -124,6 +138,8 @@ __all__ = [
     "commit",
     "compact",
     "coverage",
+    "ends_every",
+    "ends_in",
     "evenness",
     "expected_attention",
     "finish",
@@ -168,6 +184,7 @@ __all__ = [
     "store",
     "take",
     "together",
+    "token_columns",
     "tokens_held",
     "uniform",
     "window_attention",

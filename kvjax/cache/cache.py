@@ -102,7 +102,10 @@ class Cache:
     @property
     def foldable(self) -> bool:
         """Whether commits may happen inside the layer scan (`forward(..., fold=True)`)."""
-        return self.streaming and len(self.chains) <= 1 and not self.needs_attention
+        marked = any(
+            t.input_marks or t.token_marks for t in map(self.transforms.__getitem__, self.chains)
+        )
+        return self.streaming and len(self.chains) <= 1 and not (marked or self.needs_attention)
 
 
 def apart(cache: Cache) -> tuple[Any, Cache]:
@@ -231,7 +234,8 @@ def init_cache(
     if missing and rest:
         raise ValueError(
             f"constants has no {', '.join(map(repr, missing))}, which {transform} reads: calibrate "
-            "it for this model first (python -m experiments.calibrate)"
+            "it for this model first (python -m experiments.calibrate); lists of tokens come from "
+            "kvjax.decode.token_lists"
         )
     if exact:  # the others read no constants: each array is cut to the layers that do
         cut = lambda x: x[np.asarray(rest)] if x.shape[0] == len(attention) else x  # noqa: E731

@@ -133,9 +133,10 @@ def _read(cache: Cache, stage: Store, own: Stored, index: int, layer: int, new: 
     seen, rope = new.seen, cache.constants["rope"][layer]
     q = seen.q[layer]
     raw = rotate(q, seen.pos[:, None], rope, inverse=True)
+    columns = {name: x[layer, :, 0] for name, x in new.kv.extra.items()}
     query = Query(
         q, raw, seen.pos, rope, cache.constants["span"][layer], cache.constants,
-        jnp.zeros(seen.pos.shape[:1], jnp.int32), cache.softcap,
+        jnp.zeros(seen.pos.shape[:1], jnp.int32), cache.softcap, columns=columns,
     )  # fmt: skip
     of = lambda x: x[index if x.shape[0] > 1 else 0]  # noqa: E731
     held, page = of(own.seen), stage.reader.page
@@ -160,4 +161,5 @@ def _read(cache: Cache, stage: Store, own: Stored, index: int, layer: int, new: 
         rest = np.arange(pick(coded) // page * page, pick(held))
         at = pick(pos)[np.concatenate([number, rest]).astype(int)]
         out[b, h, at[at >= 0]] = True
-    return out
+    whole = stage.reader.reads_whole(jax.tree.map(of, own.index), query)
+    return out if whole is None else out | np.asarray(whole)[:, None, None]

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.buffer import put_rows
-from kvjax.cache.types import Partial, Query, Spec
+from kvjax.cache.stage import Column, Commit
+from kvjax.cache.types import KV, Partial, Query, Spec
 from kvjax.codecs import Codec, Dense, dense
 
 
@@ -37,6 +38,21 @@ class Reader:
         """How many of the first layers read everything."""
         return 0
 
+    @property
+    def by_page(self) -> bool:
+        """Whether it is shown complete pages (`write`); else what arrives (`note`)."""
+        return True
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Columns that arriving tokens bring to it; the store itself does not keep them."""
+        return ()
+
+    @property
+    def observes(self) -> bool:
+        """Whether it must be shown the queries of rows committed after the prompt."""
+        return False
+
     def init(self, spec: Spec, pages: int) -> Any:
         """The index beside the entries; leaves [L, B, H, pages, ...]."""
         raise NotImplementedError
@@ -47,6 +63,19 @@ class Reader:
         """Notes pages. number: [L or 1, B, H or 1, M], -1 none; k: [L, B, H, M, page, D], rotated;
         valid: bool, like k without D; constants: by name, [L, ...]."""
         raise NotImplementedError
+
+    def note(self, index: Any, kv: KV, seen: Array, context: Commit, unrotated: bool) -> Any:
+        """Notes tokens (compact) that arrive after `seen` [L or 1, B, H or 1] others."""
+        raise NotImplementedError
+
+    def reads_whole(self, index: Any, query: Query) -> Array | None:
+        """bool [B], which rows read everything at this step; None: a step is never like that.
+
+        Args:
+          index: of one layer, as in `select`.
+          query: of one row per sequence.
+        """
+        return None
 
     def select(
         self, index: Any, query: Query, q: Array, complete: Array, free: Array | None = None,
@@ -225,8 +254,9 @@ def each_row(query: Query, q: Array, attend: Callable[[Query, Array, Array], Par
     def one(t: Array) -> Partial:
         cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, t, 1, axis)  # noqa: E731
         row = dataclasses.replace(
-            query, q=cut(query.q, 2), raw=cut(query.raw, 2), pos=cut(query.pos, 1)
-        )
+            query, q=cut(query.q, 2), raw=cut(query.raw, 2), pos=cut(query.pos, 1),
+            columns={name: cut(x, 1) for name, x in query.columns.items()},
+        )  # fmt: skip
         own = row.grouped(row.q, q.shape[1])
         return attend(row, own, row.rows(own))
 

@@ -15,7 +15,9 @@ from kvjax.cache.types import KV, Partial, Query, merge, rotate
 
 
 def note(store: Any, state: Stored, seen: Array, kv: KV, context: Commit) -> Any:
-    """Shows the reader every page that these rows completed."""
+    """Shows the reader every page that these rows completed, or the rows themselves."""
+    if not store.reader.by_page:
+        return store.reader.note(state.index, kv, seen, context, state.spec.unrotated)
     page, spec = store.reader.page, state.spec
     coded = store._coded(state.seen)
     was = store._coded(seen)
@@ -44,6 +46,25 @@ def note(store: Any, state: Stored, seen: Array, kv: KV, context: Commit) -> Any
     if page == 1:  # with every token
         return write(state.index)
     return jax.lax.cond(jnp.any(last > first), write, lambda index: index, state.index)
+
+
+def attend_read(
+    store: Any, state: Stored, layer: Array, query: Query, q: Array, rows: Array, coded: Array,
+    part: Any, everything: Any,
+) -> Partial:  # fmt: skip
+    """Attention of one row per sequence: over what its reader chooses, or over everything where
+    the reader says so at this step; everything(query, q, rows) -> Partial."""
+    index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
+    whole = store.reader.reads_whole(index, query)
+    chosen = lambda: attend_chosen(store, state, layer, query, q, rows, coded, part)  # noqa: E731
+    if whole is None:
+        return chosen()
+
+    def apart() -> Partial:
+        pick = lambda x, y: jnp.where(whole.reshape(-1, *[1] * (x.ndim - 1)), x, y)  # noqa: E731
+        return jax.tree.map(pick, everything(query, q, rows), chosen())
+
+    return jax.lax.cond(jnp.any(whole), apart, chosen)
 
 
 def attend_chosen(

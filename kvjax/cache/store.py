@@ -16,9 +16,19 @@ from kvjax.cache.fit import Fit
 from kvjax.cache.kernels import attend_stored
 from kvjax.cache.paging import Pool, Rectangle, check_heads, per_layer
 from kvjax.cache.readers import Reader, each_row
-from kvjax.cache.reading import attend_chosen, note
+from kvjax.cache.reading import attend_read, note
 from kvjax.cache.ring import Window
-from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
+from kvjax.cache.stage import (
+    FOREVER,
+    Column,
+    Commit,
+    Stage,
+    Statistic,
+    exact,
+    least,
+    most,
+    total,
+)
 from kvjax.cache.stored import Stored
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, rotate
 from kvjax.codecs import Codec, PerKV, as_pair, dense, joins_heads
@@ -60,6 +70,14 @@ class Store(Stage):
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         return () if self.fit is None else self.fit.statistics
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return () if self.reader is None else self.reader.columns
+
+    @property
+    def observes(self) -> bool:
+        return self.reader is not None and self.reader.observes
 
     @property
     def unrotated(self) -> bool:
@@ -121,7 +139,8 @@ class Store(Stage):
         return Stored(
             jnp.zeros(seen, jnp.int32),
             jnp.full((*place.pos_lead(spec), tokens), -1, jnp.int32),
-            {name: jnp.zeros((*lead, tokens), jnp.float32) for name in spec.columns},
+            {name: jnp.zeros((*lead, tokens), jnp.float32) for name in spec.columns
+             if name not in {column.name for column in self.columns}},
             k, v, *rings, place,
             {} if self.fit is None else self.fit.init(spec),
             index, spec,
@@ -256,14 +275,16 @@ class Store(Stage):
 
         rows, count = query.rows(q), query.pos.shape[1]
 
-        def everything() -> Partial:
+        def everything(query: Query = query, q: Array = q, rows: Array = rows) -> Partial:
             base = query.base(slots := state.pos.shape[-1])
             slots = min(slots, state.place.slots)
             here = coded if query.shard is None else jnp.clip(coded - base, 0, slots)
             return state.place.fold(layer, query, q, rows, here, slots, part)
 
         def chosen() -> Partial:
-            read = lambda *row: attend_chosen(self, state, layer, *row, coded, part)  # noqa: E731
+            read = lambda *row: attend_read(  # noqa: E731
+                self, state, layer, *row, coded, part, everything
+            )
             return each_row(query, q, read)
 
         if self.reader is None or count > buffer.FEW:

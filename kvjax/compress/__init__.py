@@ -31,6 +31,7 @@ from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
 from kvjax.compress.rotatekv import rotatekv
 from kvjax.compress.rtn import rtn
+from kvjax.compress.sentencekv import sentencekv
 from kvjax.compress.snapkv import snapkv
 from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
@@ -65,6 +66,7 @@ __all__ = [
     "random_eviction",
     "rotatekv",
     "rtn",
+    "sentencekv",
     "snapkv",
     "streaming_llm",
     "tova",

@@ -33,6 +33,7 @@ from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
 from kvjax.compress.rotatekv import rotatekv
 from kvjax.compress.rtn import rtn
+from kvjax.compress.sentencekv import sentencekv
 from kvjax.compress.snapkv import snapkv
 from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
@@ -46,7 +47,7 @@ METHODS: dict[str, Callable[..., Chain]] = {
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
         vidkv, mustafar, kvzip, xkv, compress_kv_heads, cskv,
-        d2o, ems, chelsea, prefixkv, hydragen, double_sparsity,
+        d2o, ems, chelsea, prefixkv, hydragen, double_sparsity, sentencekv,
     )
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax import Array
 
 from kvjax.cache.attention import attend_new
 from kvjax.cache.cache import Cache, attend, commit, start
+from kvjax.cache.marks import token_columns
 from kvjax.cache.rotary import rope_of, span_of
 from kvjax.cache.stage import InputMark
 from kvjax.cache.types import KV, PHASES, New, Observation, Phase, Query, merge, rotate
@@ -40,6 +41,7 @@ def forward(
     remat: bool = False,
     marks: Sequence[InputMark] | None = None,
     shift: tuple[Array, Array] | None = None,
+    columns: Mapping[str, Array] | None = None,
 ) -> Any:
     """Runs new rows through the model, attending to the cache and to each other.
 
@@ -68,6 +70,8 @@ def forward(
       marks: columns of the new tokens, made from what each layer reads; None: as the cache asks.
       shift: added to the keys (before rotation) and values, two arrays [L, B, H, T, d]: zeros at
         which a gradient is taken say how much each number matters.
+      columns: columns of the new tokens, float32 [B, T] by name, that the caller knows; those that
+        the cache asks for and that are made from token ids are made here.
       remat: for these keep each layer's input only, and compute the rest again on the way back.
 
     Returns:
@@ -94,6 +98,11 @@ def forward(
         marks = () if cache is None else cache.input_marks
     if fold and marks:
         raise ValueError(f"fold=True: the columns {[m.name for m in marks]} are not made there")
+    if cache is not None:
+        columns = token_columns(cache, tokens, positions, columns)
+    columns = {} if columns is None else dict(columns)
+    if fold and columns:
+        raise ValueError(f"fold=True: the columns {sorted(columns)} do not come to the cache there")
     valid = positions >= 0
     x = embed(model, jnp.where(valid, tokens, 0)) if embeddings is None else embeddings
     x = jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
@@ -129,6 +138,7 @@ def forward(
             {} if cache is None else cache.constants,
             jnp.zeros((x.shape[0],), jnp.int32), config.attention_softcap, windowed, differentiable,
             "xla" if cache is None else cache.kernels, None if cache is None else cache.layout,
+            columns=columns,
         )  # fmt: skip
         part = attend_new(query, keys, v, mask)
         if cache is not None and read:
@@ -203,6 +213,7 @@ def forward(
     k, v, seen, marked = (empty, empty, None, ()) if out is None else out
     heads = lambda x: jnp.broadcast_to(x[:, :, None], k.shape[:-1])  # noqa: E731
     extra = {mark.name: heads(x.astype(jnp.float32)) for mark, x in zip(marks, marked)}
+    extra |= {name: heads(x.astype(jnp.float32)[None]) for name, x in columns.items()}
     kv = KV(k, v, positions[None, :, None].astype(jnp.int32), extra)
     observed = None if seen is None else Observation(*seen, positions, span)
 
