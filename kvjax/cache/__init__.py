@@ -8,6 +8,7 @@ from kvjax.cache.absorb import Absorb, moving, nearest
 from kvjax.cache.attention import attend_new, attend_slots, received
 from kvjax.cache.axes import logical_axes
 from kvjax.cache.bases import LayerBases, layer_bases
+from kvjax.cache.blocks import best_blocks
 from kvjax.cache.budgets import (
     Budget,
     adaptive,
@@ -128,6 +129,7 @@ __all__ = [
     "attend",
     "attend_new",
     "attend_slots",
+    "best_blocks",
     "best_pages",
     "best_spans",
     "best_tokens",

@@ -16,6 +16,8 @@ from kvjax.cache.types import KV, Partial, Query, merge, rotate
 
 def note(store: Any, state: Stored, seen: Array, kv: KV, context: Commit) -> Any:
     """Shows the reader every page that these rows completed, or the rows themselves."""
+    if store.reader.watches:
+        return state.index
     if not store.reader.by_page:
         return store.reader.note(state.index, kv, seen, context, state.spec.unrotated)
     page, spec = store.reader.page, state.spec
@@ -48,35 +50,48 @@ def note(store: Any, state: Stored, seen: Array, kv: KV, context: Commit) -> Any
     return jax.lax.cond(jnp.any(last > first), write, lambda index: index, state.index)
 
 
+def watch(store: Any, state: Stored, kv: KV, context: Commit) -> Any:
+    """Shows the reader these rows and the exact window to which they will come."""
+    window = store.keys.fitting(state.k_ring)
+    number = window.held(state.seen)
+    pos = jnp.take_along_axis(state.pos, jnp.maximum(number, 0), 3)
+    held = KV(state.k_ring, (), jnp.where(number >= 0, pos, -1))
+    return store.reader.watch(state.index, held, kv, window, state.seen, context)
+
+
 def attend_read(
-    store: Any, state: Stored, layer: Array, query: Query, q: Array, rows: Array, coded: Array,
-    part: Any, everything: Any,
-) -> Partial:  # fmt: skip
-    """Attention of one row per sequence: over what its reader chooses, or over everything where
-    the reader says so at this step; everything(query, q, rows) -> Partial."""
+    store: Any, state: Stored, layer: Array, query: Query, q: Array, rows: Array, carry: Any,
+    coded: Array, part: Any, everything: Any,
+) -> tuple[Partial, Any]:  # fmt: skip
+    """Attention of one row per sequence, or of all rows of a window: over what its reader chooses,
+    or over everything where the reader says so at this step; everything(query, q, rows) ->
+    Partial. With what the reader carries from layer to layer."""
     index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
     whole = store.reader.reads_whole(index, query)
-    chosen = lambda: attend_chosen(store, state, layer, query, q, rows, coded, part)  # noqa: E731
+    chosen = lambda: attend_chosen(  # noqa: E731
+        store, state, layer, query, q, rows, carry, coded, part
+    )
     if whole is None:
         return chosen()
 
-    def apart() -> Partial:
+    def apart() -> tuple[Partial, Any]:
         pick = lambda x, y: jnp.where(whole.reshape(-1, *[1] * (x.ndim - 1)), x, y)  # noqa: E731
-        return jax.tree.map(pick, everything(query, q, rows), chosen())
+        done, after = chosen()
+        return jax.tree.map(pick, everything(query, q, rows), done), after
 
     return jax.lax.cond(jnp.any(whole), apart, chosen)
 
 
 def attend_chosen(
-    store: Any, state: Stored, layer: Array, query: Query, q: Array, rows: Array, coded: Array,
-    part: Any,
-) -> Partial:  # fmt: skip
+    store: Any, state: Stored, layer: Array, query: Query, q: Array, rows: Array, carry: Any,
+    coded: Array, part: Any,
+) -> tuple[Partial, Any]:  # fmt: skip
     """In two phases: the reader names pages, and only those are gathered and decoded."""
     page = store.reader.page
     base = query.base(slots := state.pos.shape[-1])
     index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
     given = {name: per_layer(query.constants[name], layer) for name in store.reader.constants}
-    chosen = store.reader.select(index, query, q, coded // page, constants=given)
+    chosen, carry = store.reader.choose(index, layer, query, q, coded // page, carry, given)
     batch, heads, group = q.shape[:3]
     own = heads * group if store.reader.apart else heads  # that choose
     chosen = jnp.broadcast_to(chosen, (batch, own, chosen.shape[-1]))
@@ -93,11 +108,11 @@ def attend_chosen(
     picked = part(read, there, *alone)
     picked = jax.tree.map(lambda x: x.reshape(batch, heads, group, *x.shape[3:]), picked)
     if page == 1:
-        return picked
+        return picked, carry
     # The last, incomplete page is always read.
     token = (coded // page * page)[..., None] + jnp.arange(page)
     rest = lambda x, block: state.place.gather(  # noqa: E731
         x, layer, (token[..., ::block] - base) // block, block
     )
     mask = query.at_hand(token < coded[..., None], token, slots)
-    return merge(picked, part(rest, mask, q, rows))
+    return merge(picked, part(rest, mask, q, rows)), carry

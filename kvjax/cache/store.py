@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
-from kvjax.cache.attention import dot_keys, dot_values, visible
+from kvjax.cache.attention import dot_keys, dot_rotated, dot_values, visible
 from kvjax.cache.fit import Fit
 from kvjax.cache.kernels import attend_stored
 from kvjax.cache.paging import Pool, Rectangle, check_heads, per_layer
-from kvjax.cache.readers import Reader, each_row
-from kvjax.cache.reading import attend_read, note
+from kvjax.cache.readers import Reader, each_row_with
+from kvjax.cache.reading import attend_read, note, watch
 from kvjax.cache.ring import Window
 from kvjax.cache.stage import (
     FOREVER,
@@ -44,6 +44,7 @@ class Store(Stage):
     rope: str = "after"
     fit: Fit | None = None
     reader: Reader | None = None
+    reach: int | None = None
 
     def __post_init__(self) -> None:
         for name, codec, window in (
@@ -57,6 +58,27 @@ class Store(Stage):
                 )
         if self.rope not in ("before", "after"):
             raise ValueError(f"store(rope={self.rope!r}): expected 'before' or 'after'")
+        exact = min(self.keys.n, self.values.n)
+        if self.reach is not None and not (self.rope == "before" and 0 <= self.reach <= exact):
+            raise ValueError(
+                f"store(reach={self.reach}, rope={self.rope!r}): needs rope='before' and at least so "
+                f"many exact tokens (keys={self.keys}, values={self.values})"
+            )
+        if self.reader is not None and self.reader.window > exact:
+            raise ValueError(
+                f"store(reader={self.reader}): needs {self.reader.window} exact tokens beside its "
+                f"pages, not keys={self.keys}, values={self.values}"
+            )
+        if self.reader is not None and self.reader.watches:
+            if (
+                self.keys != self.values
+                or self.keys.release % self.reader.page
+                or not self.unrotated
+            ):
+                raise ValueError(
+                    f"store(reader={self.reader}): needs keys before rotation and equal windows that "
+                    f"release whole pages, not rope={self.rope!r}, {self.keys} and {self.values}"
+                )
 
     @property
     def streaming(self) -> bool:
@@ -170,6 +192,10 @@ class Store(Stage):
             growth = spec.max_length - spec.prompt
             place = place.allocate(jnp.broadcast_to(kv.count + growth, state.seen.shape))
             state = state.replace(place=place)
+        if self.reader is not None and self.reader.watches:
+            index = watch(self, state, kv, context)
+            seen = buffer.after(state.seen, *jax.tree.leaves(index))
+            state = state.replace(seen=seen, index=index)
         seen = state.seen
         arrived = jnp.broadcast_to(kv.count, seen.shape)
         after = seen + arrived
@@ -235,14 +261,18 @@ class Store(Stage):
 
     # --- reading ---
 
+    def start(self, state: Stored, pos: Array) -> Any:
+        return () if self.reader is None else self.reader.start(state.index, pos)
+
     def attend(self, state: Stored, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
-        q = query.grouped(query.q, state.spec.kv_heads)
         seen = per_layer(state.seen, layer)
         coded = self._coded(seen)
         done = None
         if jax.tree.leaves(state.k) and jax.tree.leaves(state.v) and state.place.slots:
             done = attend_stored(query, self, state, layer, coded)
-            done = self._attend_coded(state, layer, query, q, coded) if done is None else done
+            if done is None:
+                done, carry = self._attend_coded(state, layer, query, carry, coded)
+        q = query.grouped(query.q, state.spec.kv_heads)
         if state.k_ring.shape[3] or state.v_ring.shape[3]:
             tail = self._attend_tail(state, layer, query, q, seen, coded)
             done = tail if done is None else merge(done, tail)
@@ -253,15 +283,18 @@ class Store(Stage):
         return jax.tree.map(lambda x: per_layer(x, layer), constants)
 
     def _attend_coded(
-        self, state: Stored, layer: Array, query: Query, q: Array, coded: Array
-    ) -> Partial:
+        self, state: Stored, layer: Array, query: Query, carry: Any, coded: Array
+    ) -> tuple[Partial, Any]:
         ck, cv = self.codec.k, self.codec.v
         kc, vc = (self._of_layer(c, state, layer, query) for c in (ck, cv))
+        if self.reach is not None:  # so far back are all of them
+            query = query.far(self.reach)
+        q = query.grouped(query.q, state.spec.kv_heads)
 
         def part(read: Any, mask: Array, q: Array, rows: Array) -> Partial:
             pos = read(state.pos, 1)
             code = jax.tree.map(lambda x: read(x, ck.block), state.k)
-            if state.spec.unrotated:
+            if state.spec.unrotated and self.reach is None:
                 k = ck.decode(code, query.q.dtype, kc)
                 logits = dot_keys(q, rotate(k, pos, query.rope))
             else:
@@ -273,7 +306,7 @@ class Store(Stage):
             code = jax.tree.map(lambda x: read(x, cv.block), state.v)
             return partial_attention(logits, seen, lambda p: cv.mix(p, code, vc))
 
-        rows, count = query.rows(q), query.pos.shape[1]
+        rows, count, reader = query.rows(q), query.pos.shape[1], self.reader
 
         def everything(query: Query = query, q: Array = q, rows: Array = rows) -> Partial:
             base = query.base(slots := state.pos.shape[-1])
@@ -281,16 +314,19 @@ class Store(Stage):
             here = coded if query.shard is None else jnp.clip(coded - base, 0, slots)
             return state.place.fold(layer, query, q, rows, here, slots, part)
 
-        def chosen() -> Partial:
+        def chosen() -> tuple[Partial, Any]:
             read = lambda *row: attend_read(  # noqa: E731
                 self, state, layer, *row, coded, part, everything
             )
-            return each_row(query, q, read)
+            if count > buffer.FEW:  # one choice for all rows
+                return read(query, q, rows, carry)
+            return each_row_with(query, q, read, carry)
 
-        if self.reader is None or count > buffer.FEW:
-            return everything()
-        if self.reader.whole:
-            return jax.lax.cond(layer < self.reader.whole, everything, chosen)
+        if reader is None or (count > buffer.FEW and not reader.together):
+            return everything(), carry
+        if reader.whole:
+            every = lambda: (everything(), carry)  # noqa: E731
+            return jax.lax.cond(layer < reader.whole, every, chosen)
         return chosen()
 
     def _attend_tail(
@@ -309,8 +345,9 @@ class Store(Stage):
             state, self.codec.v, self.values, state.v, state.v_ring, layer, query, seen, number
         )
         if state.spec.unrotated:
-            k = rotate(k, pos, query.rope)
-        logits = query.cap(dot_keys(q, k))
+            logits = query.cap(dot_rotated(query, k, pos, self.reach, q))
+        else:
+            logits = query.cap(dot_keys(q, k))
         if "bias" in state.extra:
             bias = state.place.gather(state.extra["bias"], layer, number - base)
             logits = logits + bias[:, :, None]
@@ -364,6 +401,8 @@ class Store(Stage):
             turns = self._coded(state.seen[..., None] + more) // page > coded[..., None] // page
             first = jnp.where(jnp.any(turns, -1), jnp.argmax(turns, -1) + 1, more[-1])
             reach = jnp.minimum(reach, least(first))
+        if self.reader is not None and (own := self.reader.horizon(state.index)) is not None:
+            reach = jnp.minimum(reach, own)
         return reach, True
 
 
@@ -375,6 +414,7 @@ def store(
     rope: str = "after",
     fit: Fit | None = None,
     reader: Reader | None = None,
+    reach: int | None = None,
 ) -> Store:
     """Holds everything that comes, coded; the end of a chain.
 
@@ -386,8 +426,10 @@ def store(
       rope: whether keys are coded "before" or "after" rotary rotation.
       fit: finds the codec's constants from the prompt.
       reader: chooses what each query reads; None: everything.
+      reach: keys further back are read as if they stood `reach` positions back (rope="before"; at
+        least so many tokens are exact); None: all keys are read where they stand.
     """
     pair = as_pair(dense() if codec is None else codec)
     keys = Window(0, pair.k.block) if keys is None else keys
     values = Window(0, pair.v.block) if values is None else values
-    return Store(pair, keys, values, rope, fit, reader)
+    return Store(pair, keys, values, rope, fit, reader, reach)

@@ -222,6 +222,10 @@ class Query:
     shard: Array | None = None
     columns: dict[str, Array] = dataclasses.field(default_factory=dict)
 
+    def far(self, distance: int) -> Query:
+        """The query for keys that are read unrotated, as if all stood `distance` before it."""
+        return dataclasses.replace(self, q=rotate(self.raw, jnp.asarray([distance]), self.rope))
+
     def base(self, slots: int) -> Array | int:
         """Number of the first slot of a buffer of which `slots` are at hand: 0 unless split."""
         return 0 if self.shard is None else self.shard * slots

@@ -6,6 +6,7 @@
 Every function returns a chain, runs without arguments, and is known to `parse` by its name.
 """
 
+from kvjax.compress.actqkv import actqkv
 from kvjax.compress.adakv import adakv
 from kvjax.compress.chelsea import chelsea
 from kvjax.compress.compress_kv_heads import compress_kv_heads
@@ -41,6 +42,7 @@ from kvjax.compress.xkv import xkv
 
 __all__ = [
     "METHODS",
+    "actqkv",
     "adakv",
     "chelsea",
     "compress_kv_heads",

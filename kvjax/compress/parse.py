@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvjax.cache import Chain
+from kvjax.compress.actqkv import actqkv
 from kvjax.compress.adakv import adakv
 from kvjax.compress.chelsea import chelsea
 from kvjax.compress.compress_kv_heads import compress_kv_heads
@@ -48,6 +49,7 @@ METHODS: dict[str, Callable[..., Chain]] = {
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
         vidkv, mustafar, kvzip, xkv, compress_kv_heads, cskv,
         d2o, ems, chelsea, prefixkv, hydragen, double_sparsity, sentencekv,
+        actqkv,
     )
 }  # fmt: skip
 
