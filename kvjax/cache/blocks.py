@@ -56,8 +56,8 @@ class BestBlocks(Reader):
                 raise ValueError(f"best_blocks({name}={getattr(self, name)}): at least 1")
         if not self.least <= self.blocks <= self.pages:
             raise ValueError(
-                f"best_blocks(blocks={self.blocks}, least={self.least}, most={self.pages}): expected "
-                "least <= blocks <= most"
+                f"best_blocks(blocks={self.blocks}, least={self.least}, most={self.pages}): "
+                "expected least <= blocks <= most"
             )
         if self.tokens > self.page:
             raise ValueError(

@@ -58,27 +58,24 @@ class Store(Stage):
                 )
         if self.rope not in ("before", "after"):
             raise ValueError(f"store(rope={self.rope!r}): expected 'before' or 'after'")
-        exact = min(self.keys.n, self.values.n)
-        if self.reach is not None and not (self.rope == "before" and 0 <= self.reach <= exact):
+        newest = min(self.keys.n, self.values.n)
+        if self.reach is not None and not (self.rope == "before" and 0 <= self.reach <= newest):
             raise ValueError(
-                f"store(reach={self.reach}, rope={self.rope!r}): needs rope='before' and at least so "
-                f"many exact tokens (keys={self.keys}, values={self.values})"
+                f"store(reach={self.reach}, rope={self.rope!r}): expected rope='before' and at "
+                f"least so many exact tokens, not {self.keys} and {self.values}"
             )
-        if self.reader is not None and self.reader.window > exact:
+        if self.reader is not None:
+            self._check_reader(newest)
+
+    def _check_reader(self, newest: int) -> None:
+        page, same = self.reader.page, self.keys == self.values
+        whole = same and self.unrotated and self.keys.release % page == 0
+        if newest < self.reader.window or (self.reader.watches and not whole):
             raise ValueError(
-                f"store(reader={self.reader}): needs {self.reader.window} exact tokens beside its "
-                f"pages, not keys={self.keys}, values={self.values}"
+                f"store(reader={self.reader}): expected rope='before' and keys and values = "
+                f"Window({self.reader.window}, {page}), not {self.rope!r}, {self.keys} and "
+                f"{self.values}"
             )
-        if self.reader is not None and self.reader.watches:
-            if (
-                self.keys != self.values
-                or self.keys.release % self.reader.page
-                or not self.unrotated
-            ):
-                raise ValueError(
-                    f"store(reader={self.reader}): needs keys before rotation and equal windows that "
-                    f"release whole pages, not rope={self.rope!r}, {self.keys} and {self.values}"
-                )
 
     @property
     def streaming(self) -> bool:

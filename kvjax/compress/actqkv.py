@@ -59,7 +59,7 @@ def actqkv(
     Raises:
       ValueError: arguments out of range.
 
-    Source: Activation-aware Probe-Query for Effective Key-Value Retrieval in Long-Context LLMs
+    Source: Activation-aware Probe-Query: Effective Key-Value Retrieval for Long-Context LLMs
     Inference, arXiv 2502.13542.
 
     >>> reader = actqkv().stages[1].reader  # 46 blocks of 32, 64 and 512 tokens: 2,048 are read
