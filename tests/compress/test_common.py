@@ -71,6 +71,9 @@ SETTINGS = {
     "double_sparsity 4 bits": "double_sparsity(tokens=6, channels=4, bits=4, dense_layers=1)",
     "sentencekv": f"sentencekv(tokens=8, factor=2, first=2, recent=2, {VOTE})",
     "sentencekv, streaming": "sentencekv(tokens=8, keep=1.0, first=2, recent=2, dense_steps=1)",
+    "actqkv": "actqkv(blocks=2, block=2, sinks=2, local=4, representatives=1, warmup=5)",
+    "actqkv, layers alike": "actqkv(blocks=2, block=2, sinks=2, local=4, representatives=1, "
+    "dynamic=False)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, storage=gear(bits=2, group=4, buffer=8, span=8))",
@@ -120,6 +123,8 @@ LIMITS = {
     "double_sparsity, no sparse layer": "double_sparsity(tokens=2, channels=8)",
     "sentencekv": f"sentencekv(tokens=32, factor=1, first=2, recent=3, dense_steps=0, {VOTE})",
     "sentencekv, all dense": "sentencekv(tokens=9, keep=1.0, first=2, recent=3, dense_steps=9)",
+    "actqkv": "actqkv(blocks=16, block=2, sinks=2, local=4, representatives=1, constant=False)",
+    "actqkv, all of it near": "actqkv(local=32)",
     "compress_kv_heads, before": "compress_kv_heads(keep=1.0, rope='before')",
     "xkv, all of it local": "xkv(key_rank=1, value_rank=1, budget=8, local=3)",
 }
@@ -128,6 +133,7 @@ LIMITS = {
 EVERYTHING = {n for n, f in METHODS.items() if "keep" not in inspect.signature(f).parameters}
 EVERYTHING |= {"mikv", "mikv, growing", "xkv, selective", "compress_kv_heads", "cskv 4 bits"}
 EVERYTHING |= {"hydragen in kivi", "double_sparsity 4 bits", "sentencekv, streaming"}
+EVERYTHING |= {"actqkv, layers alike"}
 EXACT = 2e-5  # of logits of size about 3: float32 sums in another order
 # Sums in another order may move a float16 scale by its rounding, or at a tie a code by a step. What
 # the cases look for (a wrong row, a felt NaN) moves logits by 0.5 and more.
@@ -303,6 +309,8 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         # and the sum of the keys of a span for 8 tokens that can come: 544 / 8 / 2 / 544 = 0.06
         ("sentencekv(keep=1.0)", 1.06, 1.08),
         ("sentencekv(keep=0.25, shortest=16)", 0.32, 0.34),  # 160 of 544 tokens, 34 spans: 0.03
+        # all, and a key for every 16 tokens
+        ("actqkv(blocks=2, block=16, sinks=4, local=64)", 1.03, 1.05),
         # Half of 512, 32 of 544 tokens exactly: 0.53; and 4 matrices of 128 x 64 each layer: 0.12.
         ("cskv", 0.64, 0.66),
         ("cskv(bits=4)", 0.30, 0.32),  # 2.5 bits: 0.07; 63 tokens may wait exactly: 0.12; 0.12
