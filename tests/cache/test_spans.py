@@ -31,7 +31,7 @@ def states(draw):
     return lengths, first, recent, more, writing, draw(st.integers(0, 10**6))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(states())
 def test_what_is_chosen(case):
     """Against a loop: best spans first, in order, the last one cut; each token once; all where all

@@ -33,7 +33,7 @@ from tests.compress import harness
 from tests.compress import reference as ref
 from tests.compress.harness import model, quick_jit
 from tests.compress.reference import HQ, LENGTHS, STEPS, B, D, G, H, L, T, row, softmax
-from tests.experiments.conftest import tiny_tokenizer
+from tests.experiments.conftest import compile_quickly, tiny_tokenizer
 
 # Some ends stand where the prompt is pruned, some together, some in what is written.
 FLAGS = np.random.default_rng(3).random((B, T + STEPS)) < 0.25
@@ -242,7 +242,7 @@ def take(model, cache, tokens, pos, phase):
     return commit(cache, new, phase=phase)
 
 
-def test_marks_come_with_tokens():
+def test_marks_come_with_tokens(monkeypatch):
     """Of a prompt that is stored as it comes, whole or in chunks; of a later turn, of decoding."""
     tokens = np.random.default_rng(2).integers(0, 50, (2, 36))
     ends = np.arange(50) % 6 == 0
@@ -266,6 +266,7 @@ def test_marks_come_with_tokens():
     asked = spans_of(take(model(), whole, more, whole.length[:, None] + np.arange(3), "append"))
     assert asked.times[0, :, 0].tolist() == [1, 2] and asked.writing.all()  # since the last end
     assert asked.newest[0, :, 0].tolist() == [n + 2 for n in before]  # a later turn begins anew
+    compile_quickly(monkeypatch, job=False)
     method = sentencekv(factor=1.5, window=4, **how)
     pruned = init_cache(harness.CONFIG, method, 2, 48, prompt=36, constants=given)
     pruned = quick_jit(finish)(take(model(), pruned, tokens, pos, "prefill"))
