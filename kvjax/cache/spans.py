@@ -84,7 +84,8 @@ class Spans:
       newest: int32 [L or 1, B, H or 1], number of the newest token's span, -1: no token yet.
       ended, writing: bool, likewise: whether the newest token ended its span; whether that span is
         of tokens after the prompt and not ended.
-      asked: float32 [L, B, H, D], sum of the queries since the last end, after the prompt.
+      asked: float32 [L, B, H, D] ([L, B, Hq, D] where query heads choose apart), sum of the queries
+        since the last end, after the prompt.
       times: int32 [1, B, 1], how many these are.
     """
 
@@ -108,6 +109,7 @@ class BestSpans(Reader):
     shortest: int = 8
     mean: bool = True
     whole_steps: int = 0
+    each_query: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("first", 0), ("recent", 0), ("shortest", 1), ("whole_steps", 0)):
@@ -122,6 +124,10 @@ class BestSpans(Reader):
     @property
     def by_page(self) -> bool:
         return False
+
+    @property
+    def apart(self) -> bool:
+        return self.each_query
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -142,7 +148,7 @@ class BestSpans(Reader):
             jnp.full(spec.lead, -1, jnp.int32),
             jnp.ones(spec.lead, bool),
             jnp.zeros(spec.lead, bool),
-            jnp.zeros((*head, spec.width)),
+            jnp.zeros((*head[:2], spec.heads if self.apart else spec.kv_heads, spec.width)),
             jnp.zeros((1, spec.batch, 1), jnp.int32),
         )
 
@@ -216,9 +222,11 @@ class BestSpans(Reader):
         self, index: Spans, query: Query, q: Array, complete: Array, free: Array | None = None,
         constants: Mapping | None = None,
     ) -> Array:  # fmt: skip
-        asked = jnp.sum(q.astype(jnp.float32), 2)
-        asked = asked + index.asked if self.mean else asked
-        batch, heads = asked.shape[:2]
+        batch, heads, groups, width = q.shape
+        own = groups if self.apart else 1  # choices for each key-value head
+        asked = q.astype(jnp.float32).reshape(batch, heads, own, -1, width).sum(3)
+        if self.mean:
+            asked = asked + index.asked.reshape(asked.shape)
         complete = jnp.broadcast_to(complete, (batch, heads))[..., None]
         low = jnp.minimum(self.first, complete)
         high = jnp.maximum(complete - self.recent, low)
@@ -226,33 +234,29 @@ class BestSpans(Reader):
         start, stop = (jnp.clip(x, low, high) for x in (index.first, index.first + index.count))
         length = stop - start
         mean = index.total / jnp.maximum(index.count, 1)[..., None]
-        score = jnp.einsum("bhd,bhsd->bhs", asked, mean)
+        score = jnp.einsum("bhgd,bhsd->bhgs", asked, mean)
         # The span being written comes last: it is read where room is left.
         number = jnp.arange(score.shape[-1])
         open_ = (number == index.newest[..., None]) & index.writing[..., None]
-        score = jnp.where(open_, jnp.finfo(jnp.float32).min, score)
-        score = jnp.where(length > 0, score, -jnp.inf)
+        score = jnp.where(open_[:, :, None], jnp.finfo(jnp.float32).min, score)
+        score = jnp.where((length > 0)[:, :, None], score, -jnp.inf)
         room = self.pages - self.first - self.recent
         best, span = jax.lax.top_k(score, min(room, score.shape[-1]))
-        take = lambda x: jnp.take_along_axis(x, span, -1)  # noqa: E731
+        wide = lambda x: jnp.broadcast_to(x[:, :, None], (batch, heads, own, x.shape[-1]))  # noqa: E731
+        take = lambda x: jnp.take_along_axis(wide(x), span, -1)  # noqa: E731
         length = jnp.where(jnp.isneginf(best), 0, take(length))
         ends = jnp.cumsum(length, -1)
         place = jnp.arange(room, dtype=jnp.int32)
         # Place j of the room belongs to the first span, best first, that ends behind it.
-        find = jax.vmap(jax.vmap(lambda ends: jnp.searchsorted(ends, place, side="right")))
-        which = jnp.minimum(find(ends), ends.shape[-1] - 1)
-        own = lambda x: jnp.take_along_axis(x, which, -1)  # noqa: E731
-        token = own(take(start)) + place - (own(ends) - own(length))
-        parts = (
-            (jnp.arange(self.first), low),
-            (jnp.where(place < ends[..., -1:], token, FOREVER), complete),
-            (high + jnp.arange(self.recent), complete),
-        )
-        found = [
-            jnp.broadcast_to(jnp.where(x < end, x, -1), (batch, heads, x.shape[-1]))
-            for x, end in parts
-        ]
-        return jnp.concatenate(found, -1).astype(jnp.int32)
+        find = lambda ends: jnp.searchsorted(ends, place, side="right")  # noqa: E731
+        which = jnp.apply_along_axis(find, -1, ends)
+        of = lambda x: jnp.take_along_axis(x, jnp.minimum(which, x.shape[-1] - 1), -1)  # noqa: E731
+        token = of(take(start)) + place - (of(ends) - of(length))
+        early, late = jnp.arange(self.first), high + jnp.arange(self.recent)
+        always = [jnp.where(early < low, early, -1), jnp.where(late < complete, late, -1)]
+        found = jnp.where(place < ends[..., -1:], token, -1)
+        found = jnp.concatenate([*map(wide, always), found], -1).astype(jnp.int32)
+        return found.reshape(batch, heads * own, -1)
 
 
 def best_spans(
@@ -264,11 +268,12 @@ def best_spans(
     shortest: int = 8,
     mean: bool = True,
     whole_steps: int = 0,
+    each_query: bool = False,
 ) -> Reader:
     """Reads the tokens of the spans whose mean key has the largest product with what is asked.
 
-        s = q . mean(k_j, j in span);  q the sum of queries since the last span ended, over the
-        heads that share the keys
+        s = q . mean(k_j, j in span);  q the sum of queries since the last span ended, and over the
+        query heads that share the keys
 
     Spans are taken best first, their tokens in order, until `tokens` are read; the last one is cut.
     Of a pruned prompt a span is what is left of it. Tokens after the prompt form spans of their
@@ -283,5 +288,6 @@ def best_spans(
       mean: ask with all queries since the last end; False: with the newest alone.
       whole_steps: so many queries at the beginning of each span after the prompt (the first is
         that of the token that ends the one before) read everything.
+      each_query: every query head asks for itself, and reads `tokens` tokens of its own choice.
     """
-    return BestSpans(tokens, 1, ends, first, recent, shortest, mean, whole_steps)
+    return BestSpans(tokens, 1, ends, first, recent, shortest, mean, whole_steps, each_query)

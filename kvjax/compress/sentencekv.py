@@ -28,6 +28,7 @@ def sentencekv(
     query: str = "sentence",
     chunk: int | None = None,
     shortest: int = 8,
+    each_query: bool = False,
     storage: Storage = None,
 ) -> Chain:
     """Of a prompt, what its last rows attend to; of that, each step reads the sentences that suit.
@@ -45,13 +46,13 @@ def sentencekv(
     method)`, for the cache's constants: tokens whose text, but for spaces, ends in . ! ? or an
     ellipsis, two line breaks, or their CJK forms.
 
-    Choices where paper and released code differ, or one set per KV head asks for them: votes and
-    likeness are summed over the query heads that share a KV head (the code repeats KV instead); the
-    queries of the unfinished sentence count at every step, as in the code; slot number `first` can
-    be read like any other (the code skips it); where complete sentences are fewer than the room
-    left for them, the sentence being written fills it (in the code its older tokens go unread);
-    ties go to the earlier token; a sentence has no most tokens. All is in one memory: cold tokens
-    are not moved to the host.
+    Choices where paper and released code differ: votes and likeness are summed over the query heads
+    that share a KV head (the code repeats KV instead; `each_query` chooses as it does); the queries
+    of the unfinished sentence count at every step, as in the code; slot number `first` can be read
+    like any other (the code skips it); where complete sentences are fewer than the room left for
+    them, the sentence being written fills it (in the code its older tokens go unread); ties go to
+    the earlier token; a sentence has no most tokens. All is in one memory: cold tokens are not
+    moved to the host.
 
     Args:
       tokens: read per KV head and step, the new token included.
@@ -66,6 +67,7 @@ def sentencekv(
       query: "sentence", or "token": ask with the newest query alone.
       chunk: equal chunks of so many tokens in place of sentences; None: sentences.
       shortest: there is room for one sentence per so many tokens; further ones are one.
+      each_query: each query head chooses sentences of its own; False: one choice per KV head.
       storage: codec of the tokens; None: exactly.
 
     Raises:
@@ -115,6 +117,7 @@ def sentencekv(
         shortest=shortest,
         mean=query == "sentence",
         whole_steps=dense_steps,
+        each_query=each_query,
     )
     held = store(per_token("sentencekv", storage), reader=reader)
     if keep == 1:

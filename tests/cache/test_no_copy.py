@@ -18,9 +18,11 @@ from kvjax.cache import (
     accumulated_attention,
     adaptive,
     best_pages,
+    best_spans,
     by_position,
     chain,
     commit,
+    ends_every,
     finish,
     first,
     heavy,
@@ -55,6 +57,9 @@ CHAINS = {
         prune(keep=0.5, score=window_attention(), budget=adaptive()), recent(32, 32), store(kivi)
     ),
     "reader": chain(store(reader=best_pages(16, 16))),
+    "reader of spans": chain(
+        store(reader=best_spans(256, ends_every(16), first=4, recent=32, whole_steps=2))
+    ),
     "bases": chain(layer_bases(64, 96, 2), store()),
     "bases read": chain(
         layer_bases(64, 96, 2, reader=best_pages(32, 8), apart=6, newest=4), store()

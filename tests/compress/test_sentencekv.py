@@ -33,7 +33,7 @@ from tests.compress import harness
 from tests.compress import reference as ref
 from tests.compress.harness import model, quick_jit
 from tests.compress.reference import HQ, LENGTHS, STEPS, B, D, G, H, L, T, row, softmax
-from tests.experiments.conftest import tiny_tokenizer
+from tests.experiments.conftest import compile_quickly, tiny_tokenizer
 
 # Some ends stand where the prompt is pruned, some together, some in what is written.
 FLAGS = np.random.default_rng(3).random((B, T + STEPS)) < 0.25
@@ -65,10 +65,11 @@ class Plain:
     def q(self, p):
         return self.r.q[self.h * G : (self.h + 1) * G, p]
 
-    def read(self, p):
-        """Slots that the token at p reads beside itself."""
+    def read(self, p, g):
+        """Slots that the token at p reads beside itself with query head g of this head."""
         how, held = self.how, len(self.slots)
-        asked = [*self.asked, self.q(p).sum(0)]
+        asked = [*self.asked, self.q(p)]
+        asked = [q[g] if how["each_query"] else q.sum(0) for q in asked]
         if (0 if self.flags[p] else len(asked)) < how["dense_steps"]:
             return list(range(held))
         mean = asked[-1] if how["query"] == "token" else np.mean(asked, 0)
@@ -81,7 +82,7 @@ class Plain:
 
     def write(self, p):
         self.slots.append(p)
-        self.asked.append(self.q(p).sum(0))
+        self.asked.append(self.q(p))
         self.written.append(len(self.slots) - 1)
         if self.flags[p]:
             self.buckets.append(self.written)
@@ -123,12 +124,13 @@ def rows_at(at, extra):
 
 DEFAULTS = dict(
     tokens=10, factor=1.6, first=2, recent=3, window=ref.W, kernel=3, dense_steps=2,
-    query="sentence", chunk=None, shortest=1,
+    query="sentence", chunk=None, shortest=1, each_query=False,
 )  # fmt: skip
 SETTINGS = [
     dict(),
     dict(dense_steps=0, tokens=9, first=0, recent=1),
     dict(dense_steps=1, query="token", kernel=1),
+    dict(dense_steps=0, each_query=True),
     dict(dense_steps=0, chunk=4),
     dict(dense_steps=0, factor=5),  # nothing is pruned
 ]
@@ -148,17 +150,17 @@ def test_what_each_step_reads(how):
         out, lse = probe(cache, jnp.asarray(own), jnp.asarray(at, jnp.int32), jnp.asarray(ended))
         for (l, b, h), one in plain.items():
             p = int(at[b, 0])
-            read = one.read(p)
-            k, v = one.keys(read), one.r.v[h, [one.slots[i] for i in read]]
             for g in range(G):
+                read = one.read(p, g)
+                k, v = one.keys(read), one.r.v[h, [one.slots[i] for i in read]]
                 s = k @ one.q(p)[g]
                 np.testing.assert_allclose(
                     out[l, b, h * G + g, 0], softmax(s) @ v, atol=2e-5, rtol=2e-5
                 )
                 want = np.log(np.exp(s - s.max()).sum()) + s.max()
                 np.testing.assert_allclose(lse[l, b, h * G + g, 0], want, atol=2e-5, rtol=2e-5)
-            sizes.add(len(read))
-            fewer += len(read) < len(one.slots)
+                sizes.add(len(read))
+                fewer += len(read) < len(one.slots)
             one.write(p)
         cache = ref._step(cache, rows_at(at, extra))
     # Steps that are not dense read as many as said: the new token is one of them.
@@ -199,7 +201,10 @@ def test_the_index():
             np.testing.assert_allclose(index.total[l, b, h, s], want, atol=1e-4, rtol=1e-4)
         assert int(index.times[0, b, 0]) == len(one.asked)
         np.testing.assert_allclose(
-            index.asked[l, b, h], np.sum(one.asked, 0) if one.asked else 0, atol=2e-5, rtol=2e-5
+            index.asked[l, b, h],
+            np.sum(one.asked, (0, 1)) if one.asked else 0,
+            atol=2e-5,
+            rtol=2e-5,
         )
 
 
@@ -237,7 +242,7 @@ def take(model, cache, tokens, pos, phase):
     return commit(cache, new, phase=phase)
 
 
-def test_marks_come_with_tokens():
+def test_marks_come_with_tokens(monkeypatch):
     """Of a prompt that is stored as it comes, whole or in chunks; of a later turn, of decoding."""
     tokens = np.random.default_rng(2).integers(0, 50, (2, 36))
     ends = np.arange(50) % 6 == 0
@@ -261,6 +266,7 @@ def test_marks_come_with_tokens():
     asked = spans_of(take(model(), whole, more, whole.length[:, None] + np.arange(3), "append"))
     assert asked.times[0, :, 0].tolist() == [1, 2] and asked.writing.all()  # since the last end
     assert asked.newest[0, :, 0].tolist() == [n + 2 for n in before]  # a later turn begins anew
+    compile_quickly(monkeypatch, job=False)
     method = sentencekv(factor=1.5, window=4, **how)
     pruned = init_cache(harness.CONFIG, method, 2, 48, prompt=36, constants=given)
     pruned = quick_jit(finish)(take(model(), pruned, tokens, pos, "prefill"))
