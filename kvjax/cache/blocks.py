@@ -73,6 +73,10 @@ class BestBlocks(Reader):
         return True
 
     @property
+    def by_page(self) -> bool:
+        return False
+
+    @property
     def watches(self) -> bool:
         return True
 

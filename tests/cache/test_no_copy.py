@@ -17,6 +17,7 @@ from kvjax.cache import (
     Window,
     accumulated_attention,
     adaptive,
+    best_blocks,
     best_pages,
     best_spans,
     by_position,
@@ -59,6 +60,16 @@ CHAINS = {
     "reader": chain(store(reader=best_pages(16, 16))),
     "reader of spans": chain(
         store(reader=best_spans(256, ends_every(16), first=4, recent=32, whole_steps=2))
+    ),
+    "reader of blocks": chain(
+        first(4, 63),
+        store(
+            keys=Window(64, 32),
+            values=Window(64, 32),
+            rope="before",
+            reach=63,
+            reader=best_blocks(16, 32, window=64, least=8, most=32),
+        ),
     ),
     "bases": chain(layer_bases(64, 96, 2), store()),
     "bases read": chain(
