@@ -79,9 +79,13 @@ def _window(model: Any, cache: kv.Cache, tokens: Array, positions: Array) -> Any
 def measure(
     model: Any, tokenizer: Any, samples: list[Any], settings: dict[str, Any], window: int
 ) -> list[dict[str, Any]]:
-    """One row per probe."""
+    """One row per probe, and of reading the same blocks, or all, at their own distance."""
     how = {name: settings[name] for name in ("blocks", "block", "sinks", "local")}
     methods = {probe: actqkv(**how, probe=probe, dynamic=False) for probe in WEIGHTS}
+    stand = dict(constant=False, dynamic=False)
+    methods["activation, where keys stand"] = actqkv(**how, **stand)
+    every = how | {"blocks": -(-settings["context"] // settings["block"])}
+    methods["everything, where keys stand"] = actqkv(**every, **stand)  # dense attention
     whole = [(*s.context, *s.question) for s in samples]
     answers = [tokenizer.encode(" " + s.answer) for s in samples]
     size = max(map(len, answers))
@@ -112,7 +116,7 @@ def measure(
             "recall": float(there.mean()),
             "best_layer": float(there.mean(1).max()),
             "recall_of_layers": there.mean(1).tolist(),
-            "chance": float(np.minimum(settings["blocks"] / blocks, 1).mean()),
+            "chance": float(np.minimum(method.stages[1].reader.pages / blocks, 1).mean()),
             "logprob": float(logprobs.mean()),
             "logprobs": logprobs.tolist(),
             "flatness": float(flat.mean()),

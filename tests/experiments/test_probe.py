@@ -24,8 +24,14 @@ def test_probe(tiny, tmp_path):
     )  # fmt: skip
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     names = ["activation", "largest", "mean", "random"]
+    names += ["activation, where keys stand", "everything, where keys stand"]
     assert [row["case"] for row in rows] == [f"{name}, window of 20" for name in names]
+    assert rows[-1]["recall"] == 1 and rows[-2]["recall"] == rows[0]["recall"]
     for row in rows:
         assert len(row["recall_of_layers"]) == 2 and 0 <= row["recall"] <= row["best_layer"] <= 1
-        assert 0 < row["chance"] < 0.2 and row["logprob"] < 0 and 0.5 < row["flatness"] <= 1
+        assert (
+            (0 < row["chance"] < 0.2 or row is rows[-1])
+            and row["logprob"] < 0
+            and 0.5 < row["flatness"] <= 1
+        )
     assert len({tuple(row["logprobs"]) for row in rows}) > 1  # what is read matters
