@@ -12,7 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
             "needles": 4,
             "needle_lengths": ["1024"],
             "needle_modes": ["aware"],
-            "rounds": 3,
+            "rounds": 4,
             "out": "results/demo",
         }
     )

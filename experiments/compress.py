@@ -51,7 +51,7 @@ flags.DEFINE_list(
     ["aware", "agnostic"],
     "aware: the question is part of the prompt that is compressed. agnostic: it comes afterwards.",
 )
-flags.DEFINE_integer("rounds", 3, "Interleaved timing rounds per method.", lower_bound=1)
+flags.DEFINE_integer("rounds", 4, "Interleaved timing rounds per method.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of the needles.")
 flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "Of parameters, exact keys and values."
@@ -282,7 +282,14 @@ class Job:
             jax.block_until_ready(out[0])
             return time.perf_counter() - start
 
-        pairs = [(run(self.dense_cache), run(own)) for _ in range(self.settings["rounds"])]
+        run(own)  # compiles
+        pairs = []
+        for number in range(self.settings["rounds"]):
+            if number % 2:  # each goes first as often
+                mine = run(own)
+                pairs.append((run(self.dense_cache), mine))
+            else:
+                pairs.append((run(self.dense_cache), run(own)))
         tokens = part.size
         return {
             "decode_tokens_per_second": float(np.median([tokens / mine for _, mine in pairs])),

@@ -85,6 +85,7 @@ class Rectangle:
         coded: Array,
         slots: int,
         part: Callable[[Callable, Array, Array, Array], Partial],
+        most: int = 1024,
     ) -> Partial:
         """Attention of q [B, H, R, D] over the first `coded` [B, H or 1] tokens of each head.
 
@@ -93,6 +94,7 @@ class Rectangle:
           slots: how many tokens there is room for in the arrays at hand.
           part: (read, mask, q, rows) -> Partial, where read(x, block) gives the arrays of the
             tokens at hand, [.., N / block, ...], and mask [.., N] says which of them count.
+          most: tokens read at a time, at most.
         """
 
         def block(start: Any, size: int, first: Any) -> Partial:
@@ -104,7 +106,7 @@ class Rectangle:
 
             return part(read, mask, q, rows)
 
-        size = block_size(q.shape[0] * q.shape[1] * q.shape[3], self.unit)
+        size = block_size(q.shape[0] * q.shape[1] * q.shape[3], self.unit, most)
         return blockwise(query, slots, jnp.max(coded), block, size, self.unit)
 
 
@@ -209,8 +211,9 @@ class Pool:
         coded: Array,
         slots: int,
         part: Callable[[Callable, Array, Array, Array], Partial],
+        most: int = 1024,
     ) -> Partial:
-        """As `Rectangle.fold`; pages are read as they lie, and merged by owner."""
+        """As `Rectangle.fold`; pages are read as they lie, and merged by owner, `CHUNK` at a time."""
         batch, heads, count, width = q.shape
         pages = self.owner.shape[0]
         chunk = min(CHUNK, pages)

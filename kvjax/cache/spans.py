@@ -74,7 +74,7 @@ def ends_every(tokens: int, name: str = "ends") -> Ends:
     return EndsEvery(name, tokens)
 
 
-@pytree()
+@pytree("later")
 class Spans:
     """Index of `best_spans`: spans by their first token, which are runs of tokens by arrival.
 
@@ -87,6 +87,7 @@ class Spans:
       asked: float32 [L, B, H, D] ([L, B, Hq, D] where query heads choose apart), sum of the queries
         since the last end, after the prompt.
       times: int32 [1, B, 1], how many these are.
+      later: of the S, those that a prompt leaves free for what comes after it; static.
     """
 
     total: Array
@@ -97,6 +98,7 @@ class Spans:
     writing: Array
     asked: Array
     times: Array
+    later: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,8 @@ class BestSpans(Reader):
         return self.mean or self.whole_steps > 0
 
     def init(self, spec: Spec, pages: int) -> Spans:
-        spans = max(-(-(spec.whole_prompt + spec.max_length - spec.prompt) // self.shortest), 1)
+        growth = spec.max_length - spec.prompt
+        spans = max(-(-(spec.whole_prompt + growth) // self.shortest), 1)
         spans = min(spans, max(spec.max_length, 1))
         head = (spec.layers, spec.batch, spec.kv_heads)
         return Spans(
@@ -150,6 +153,7 @@ class BestSpans(Reader):
             jnp.zeros(spec.lead, bool),
             jnp.zeros((*head[:2], spec.heads if self.apart else spec.kv_heads, spec.width)),
             jnp.zeros((1, spec.batch, 1), jnp.int32),
+            min(-(-growth // self.shortest), spans - 1),
         )
 
     def note(self, index: Spans, kv: KV, seen: Array, context: Commit, unrotated: bool) -> Spans:
@@ -162,7 +166,14 @@ class BestSpans(Reader):
         there = jnp.broadcast_to(kv.pos >= 0, (*lead, kv.size))
         value = kv.extra[self.ends.name][: lead[0], :, : lead[2]]
         opens = self._opens(index, value, context)
-        span = jnp.minimum(index.newest[..., None] + jnp.cumsum(opens, -1), size - 1)
+        span = index.newest[..., None] + jnp.cumsum(opens, -1)
+        if context.whole:  # where they are too many, neighbours are one
+            count, most = (
+                jnp.max(jnp.where(there, span, 0), -1, keepdims=True) + 1,
+                size - index.later,
+            )
+            span = jnp.where(count > most, span * most // count, span)
+        span = jnp.minimum(span, size - 1)
         at = jnp.where(there, span, size)
         grid = jnp.ogrid[: lead[0], : lead[1], : lead[2], :1][:3]
         number = seen[..., None] + jnp.arange(kv.size, dtype=jnp.int32)
@@ -284,7 +295,8 @@ def best_spans(
       ends: which tokens end a span, such as `ends_in(".", "!", "?")`, `ends_every(16)`.
       first, recent: the oldest and the newest tokens held, always read.
       shortest: there is room for one span per so many tokens that can come (of the whole prompt,
-        where it is pruned); if there are more, the last ones are one.
+        where it is pruned); if a finished prompt has more, neighbours are one, evenly; further ones
+        of what is stored as it comes are one with the last.
       mean: ask with all queries since the last end; False: with the newest alone.
       whole_steps: so many queries at the beginning of each span after the prompt (the first is
         that of the token that ends the one before) read everything.

@@ -309,7 +309,9 @@ class Store(Stage):
             base = query.base(slots := state.pos.shape[-1])
             slots = min(slots, state.place.slots)
             here = coded if query.shard is None else jnp.clip(coded - base, 0, slots)
-            return state.place.fold(layer, query, q, rows, here, slots, part)
+            plain = all(exact(codec, state.spec.dtype) for codec in (ck, cv))
+            most = 1024 if plain else 2048
+            return state.place.fold(layer, query, q, rows, here, slots, part, most)
 
         def chosen() -> tuple[Partial, Any]:
             read = lambda *row: attend_read(  # noqa: E731

@@ -66,7 +66,8 @@ def sentencekv(
         ends the one before, that of its first token (2, as released); 0: none.
       query: "sentence", or "token": ask with the newest query alone.
       chunk: equal chunks of so many tokens in place of sentences; None: sentences.
-      shortest: there is room for one sentence per so many tokens; further ones are one.
+      shortest: there is room for one sentence per so many tokens; where a prompt has more,
+        neighbours are one.
       each_query: each query head chooses sentences of its own; False: one choice per KV head.
       storage: codec of the tokens; None: exactly.
 

@@ -47,6 +47,7 @@ def stream(
     stop: Sequence[str] = (),
     processor: Processor | None = None,
     chunk: int | None = None,
+    exact_layers: tuple[int, ...] = (),
     kernels: str = "xla",
     segment: int = SEGMENT,
     callback: Callable[[list[str]], Any] | None = None,
@@ -62,7 +63,7 @@ def stream(
       stop: strings that end a row; they and what follows are cut off.
       processor: changes logits before sampling.
       chunk: prompt tokens per forward pass; None: all at once.
-      kernels: see `kvjax.cache.init_cache`.
+      exact_layers, kernels: see `kvjax.cache.init_cache`.
       segment: tokens between two yields.
       callback: called with what is yielded.
 
@@ -82,7 +83,8 @@ def stream(
     asking = repeat_words(tokenizer, not isinstance(prompts[0], str)) if method.replays else None
     logits, cache = prefill(
         model, tokens, method, lengths=jnp.asarray(lengths), new_tokens=rounds * segment,
-        chunk=chunk, kernels=kernels, words=asking, constants=token_lists(tokenizer, method),
+        chunk=chunk, exact_layers=exact_layers, kernels=kernels, words=asking,
+        constants=token_lists(tokenizer, method),
     )  # fmt: skip
     shown = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
     streams = [tokenizer.stream() for _ in rows]

@@ -6,6 +6,8 @@ layer, whatever the capacity. XLA decides this per program, so the whole step is
 which reads the cache, and commit.
 """
 
+import dataclasses
+import functools
 import math
 import re
 
@@ -17,6 +19,7 @@ from kvjax.cache import (
     Window,
     accumulated_attention,
     adaptive,
+    apart,
     best_blocks,
     best_pages,
     best_spans,
@@ -34,6 +37,7 @@ from kvjax.cache import (
     prune,
     recent,
     store,
+    together,
     window_attention,
 )
 from kvjax.codecs import per_kv, quantize
@@ -119,3 +123,37 @@ def copies(hlo, sizes):
         if size in sizes and "fused_computation" not in inside:
             found.append(line.strip())
     return found
+
+
+def test_a_streaming_prompt_holds_the_exact_keys_of_one_layer():
+    """Committed inside the layer scan, more layers cost no more temporaries than what they hold;
+    returned as new rows, as chains that wait for the whole prompt need them, they cost their own
+    exact keys and values."""
+    method = chain(first(4), recent(32, release=32), store(kivi))
+    time = 1024
+    one = 2 * time * CONFIG.kv_heads * CONFIG.head_dim * 4
+
+    def bytes_of(layers, fold):
+        config = dataclasses.replace(CONFIG, layers=layers)
+        cache = jax.eval_shape(lambda: init_cache(config, method, 1, time + 64, time))
+        moving, rest = apart(cache)
+
+        @functools.partial(jax.jit, donate_argnames="moving")
+        def run(model, moving, rest, tokens, positions):
+            out, held = forward(
+                model, tokens, positions, together(moving, rest), phase="prefill", fold=fold,
+                read=False, logits="last", statistics=False,
+            )  # fmt: skip
+            return out, apart(held)[0] if fold else held
+
+        tokens = jax.ShapeDtypeStruct((1, time), jnp.int32)
+        model = jax.eval_shape(lambda: llama.init(config, jax.random.key(0)))
+        memory = run.lower(model, moving, rest, tokens, tokens).compile().memory_analysis()
+        fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(moving))
+        return memory.temp_size_in_bytes + fresh, held
+
+    (few, held_few), (many, held_many) = bytes_of(2, True), bytes_of(10, True)
+    assert many - few < held_many - held_few + one
+    (few, _), (many, _) = bytes_of(2, False), bytes_of(10, False)
+    assert many - few >= 8 * one

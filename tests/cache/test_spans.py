@@ -50,7 +50,7 @@ def test_what_is_chosen(case):
     asked = rng.standard_normal((B, H, D)).astype(np.float32)
     index = Spans(
         total, start, count, newest, np.zeros((B, H), bool), np.full((B, H), writing), asked,
-        np.ones((1, 1), np.int32),
+        np.ones((1, 1), np.int32), 0,
     )  # fmt: skip
     q = rng.standard_normal((B, H, 2, D)).astype(np.float32)
     held = count.sum(-1)

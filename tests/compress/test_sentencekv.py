@@ -209,14 +209,22 @@ def test_the_index():
 
 
 def test_more_sentences_than_there_is_room_for():
-    """The last ones are one; nothing is lost, and nothing is read twice."""
-    cache, _, _ = filled(DEFAULTS | dict(shortest=9, dense_steps=0))
-    count = np.asarray(spans_of(cache).count)
-    assert count.shape[-1] == 4 and (count.sum(-1) == 16).all()
-    at = np.asarray([[n] for n in LENGTHS])
-    raw = np.take_along_axis(ref.stream()[0], at[None, :, None, :, None], 3)
-    _, lse = probe(cache, jnp.asarray(raw), jnp.asarray(at), jnp.zeros((B, 1)))
-    assert np.isfinite(lse).all()
+    """Neighbours of the prompt are one, evenly, so that what is written has room of its own."""
+    how = DEFAULTS | dict(shortest=9, dense_steps=0)
+    cache, _, extra = filled(how)  # 36 / 9 spans, of which 12 / 9 for what is written
+    for i in range(STEPS):
+        cache = ref._step(cache, rows_at(np.asarray([[n + i] for n in LENGTHS]), extra))
+    index = spans_of(cache)
+    assert index.count.shape[-1] == 4 and index.later == 2
+    for l, b, h in np.ndindex(L, B, H):
+        buckets = Plain(l, b, h, how).buckets
+        count = [0, 0]
+        for i, bucket in enumerate(buckets):
+            count[i * 2 // len(buckets)] += len(bucket)
+        written = np.flatnonzero(FLAGS[b, LENGTHS[b] : LENGTHS[b] + STEPS])
+        count += [int(written[0]) + 1, STEPS - int(written[0]) - 1]  # later ones with the last
+        assert index.count[l, b, h].tolist() == count
+        assert index.first[l, b, h].tolist() == np.cumsum([0, *count[:-1]]).tolist()
 
 
 # --- from tokens ---

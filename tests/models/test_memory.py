@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from kvjax.models import load, save
 from kvjax.models.huggingface_write import write_safetensors
 from tests.models.files import string, tensor_info, value
 
@@ -78,10 +79,16 @@ def gguf(path):
     return path
 
 
+def orbax(path):
+    """The same as an orbax checkpoint."""
+    model, _ = load(folder(path.parent / "source"), tokenizer=False)
+    save(path, model)
+    return path
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["hf", "gguf"])
-def test_peak_memory_is_near_the_size_of_the_model(tmp_path, kind, dtype):
-    make = folder if kind == "hf" else gguf
+@pytest.mark.parametrize("make", [folder, gguf, orbax])
+def test_peak_memory_is_near_the_size_of_the_model(tmp_path, make, dtype):
     path = make(tmp_path / "model.gguf")
     command = [sys.executable, "-c", MEASURE, str(path), dtype]
     # Measured: 1.05 to 1.18, the latter where the file's float32 is twice the model's bfloat16.
