@@ -26,7 +26,6 @@ from absl import app, flags
 
 from experiments import common
 from kvjax import cache as kv
-from kvjax.calibrate import find
 from kvjax.compress import dense, kivi, parse
 from kvjax.decode import generate, prefill
 from kvjax.models import Config, Model, forward, load, save_pretrained
@@ -262,19 +261,13 @@ def size(model: Model, case: Case) -> dict[str, float]:
     return {"bytes_per_token": each, "bits_per_value": 8 * each / values}
 
 
-def constants_of(model: Model, label: str, chain: Any) -> Any:
-    """What a calibrated method reads; ValueError, and how to make it, where there is none."""
-    return find(FLAGS.calibration, label, chain.constants(model.config.head_dim), model)
-
-
 def long_part(
     model: Model, bandwidth: Bandwidth, results: Any, held: int, methods: dict[str, Any]
 ) -> None:
-    """Dense and methods (label -> chain) when `held` tokens are held at the end."""
+    """Dense and methods (label -> chain, what it reads) when `held` tokens are held at the end."""
     tokens = FLAGS.tokens
     cases = [Case(f"dense, {held} held", held - tokens, held)]
-    for label, chain in methods.items():
-        given = constants_of(model, label, chain)
+    for label, (chain, given) in methods.items():
         cases.append(Case(f"{label}, {held} held", held - tokens, held, 1, chain, given))
     runs, sizes = {}, {}
     for case in cases:
@@ -402,10 +395,12 @@ def main(argv: list[str]) -> None:
         results = common.Results(FLAGS.out, settings, key="case")
     except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from None
-    model, _ = load(FLAGS.model, tokenizer=False)
+    model, tokenizer = load(FLAGS.model)
     try:
-        for label, chain in methods.items():
-            constants_of(model, label, chain)
+        methods = {
+            label: (c, common.constants_of(FLAGS.calibration, label, c, model, tokenizer))
+            for label, c in methods.items()
+        }
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     bandwidth = Bandwidth()
@@ -416,7 +411,7 @@ def main(argv: list[str]) -> None:
         if "capacity" in parts:
             capacity_part(model, bandwidth, results)
         if parts & {"long", "kivi"}:
-            four = {"kivi(bits=4)": kivi(bits=4)} if "kivi" in parts else {}
+            four = {"kivi(bits=4)": (kivi(bits=4), {})} if "kivi" in parts else {}
             long_part(model, bandwidth, results, 8192, four)
         for held in lengths if "methods" in parts and methods else ():
             long_part(model, bandwidth, results, held, methods)

@@ -17,12 +17,25 @@ import rich.box
 import rich.console
 import rich.table
 
+from kvjax.calibrate import find
+from kvjax.decode import token_lists
 from kvjax.parallel import agree, is_main
 
 # Where the output is no terminal (a log), tables get the width that they need.
 console = rich.console.Console()
 if not console.is_terminal:
     console = rich.console.Console(width=160)
+
+
+def constants_of(folder: str, label: str, chain: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What a method reads: lists of the tokenizer's tokens, and calibrated constants of a folder.
+
+    Raises:
+      ValueError: some are not there, and how to make them.
+    """
+    lists = token_lists(tokenizer, chain)
+    others = set(chain.constants(model.config.head_dim)) - lists.keys()
+    return {**lists, **find(folder, label, others, model)}
 
 
 def environment() -> dict[str, Any]:

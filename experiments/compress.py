@@ -31,7 +31,6 @@ from experiments.exact import (
 )
 from kvjax import cache as kv
 from kvjax import parallel
-from kvjax.calibrate import find
 from kvjax.compress import parse
 from kvjax.compress.vidkv import SALIENCE
 from kvjax.decode import extend, generate, positions_of, repeat_words, score
@@ -122,8 +121,9 @@ class Job:
         self.words = repeat_words(self.tokenizer)
         self.constants = {}  # by label: equal chains may have been calibrated differently
         for label, chain in methods:
-            names = chain.constants(self.config.head_dim)
-            self.constants[label] = find(calibration, label, names, self.model)
+            self.constants[label] = common.constants_of(
+                calibration, label, chain, self.model, self.tokenizer
+            )
         self.marks = tuple(dict.fromkeys(m for _, c in methods for m in c.input_marks))
         text = load_text(settings["text"])
         context, more = settings["context"], settings["continuation"]

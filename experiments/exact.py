@@ -97,10 +97,18 @@ def with_salience(model: Any, exact: Exact, text: int) -> Exact:
     question, the others are what a video would be, each worth its likeness to the question."""
     visual = jnp.broadcast_to(jnp.arange(exact.time) < exact.time - text, exact.tokens.shape)
     worth = salience(flatten(model)["embed"][exact.tokens], visual)
+    return with_columns(exact, {SALIENCE.name: worth})
+
+
+def with_columns(exact: Exact, columns: dict[str, Array]) -> Exact:
+    """Its tokens with further columns, [B, T] by name."""
+    if not columns:
+        return exact
     rows = exact.new.kv
-    column = jnp.broadcast_to(worth[None, :, None], rows.k.shape[:4])
-    rows = dataclasses.replace(rows, extra={**rows.extra, SALIENCE.name: column})
-    return dataclasses.replace(exact, new=dataclasses.replace(exact.new, kv=rows))
+    wide = lambda x: jnp.broadcast_to(x[None, :, None], rows.k.shape[:4])  # noqa: E731
+    extra = {**rows.extra, **{name: wide(x) for name, x in columns.items()}}
+    new = dataclasses.replace(exact.new, kv=dataclasses.replace(rows, extra=extra))
+    return dataclasses.replace(exact, new=new)
 
 
 def compressed(
@@ -113,6 +121,7 @@ def compressed(
         model.config, chain, exact.batch, exact.time + room, prompt=exact.time, dtype=dtype,
         constants=constants, layout=layout,
     )  # fmt: skip
+    exact = with_columns(exact, kv.token_columns(cache, exact.tokens, exact.new.kv.pos[0, :, 0]))
     moving, rest = kv.apart(cache)
     seconds = 0.0
     for _ in range(2 if timed else 1):  # the first call compiles

@@ -16,7 +16,6 @@ from jax import Array
 from experiments import common, gallery_page
 from kvjax import cache as kv
 from kvjax.cache.look import placed, reads
-from kvjax.calibrate import find
 from kvjax.compress import parse
 from kvjax.decode import prefill, repeat_words
 from kvjax.evaluate import TASKS, load_text
@@ -100,10 +99,11 @@ def main(argv: list[str]) -> None:
         methods = list(dict(parse(FLAGS.methods)).items())
         model, tokenizer = load(FLAGS.model)
         ids, marked = _prompt(tokenizer)
-        names = {label: c.constants(model.config.head_dim) for label, c in methods}
         constants: dict[str, Any] = {"dense": None}
-        for label, wanted in names.items():
-            constants[label] = find(FLAGS.calibration, label, wanted, model)
+        for label, chain in methods:
+            constants[label] = common.constants_of(
+                FLAGS.calibration, label, chain, model, tokenizer
+            )
         tokens = jnp.asarray([ids], jnp.int32)
         shown = show(model, tokens, methods, constants, repeat_words(tokenizer))
     except (ValueError, FileNotFoundError) as error:

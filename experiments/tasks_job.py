@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.common import constants_of
 from experiments.exact import Exact, asked, compressed, exact_prefill, under_rule
 from kvjax import cache as kv
-from kvjax.calibrate import find
 from kvjax.decode import extend, generate, repeat_words
 from kvjax.evaluate import TASKS, Sample, contained, first_right, load_text
 from kvjax.models import load
@@ -77,8 +77,9 @@ class Job:
         self.words = repeat_words(self.tokenizer, settings["chat"])
         self.constants = {}  # by label: equal chains may have been calibrated differently
         for label, chain in methods:
-            wanted = chain.constants(self.config.head_dim)
-            self.constants[label] = find(calibration, label, wanted, self.model)
+            self.constants[label] = constants_of(
+                calibration, label, chain, self.model, self.tokenizer
+            )
         self.marks = tuple(dict.fromkeys(m for _, c in methods for m in c.input_marks))
         text = load_text(settings["text"])
         self.samples = {

@@ -9,6 +9,7 @@ from kvjax.cache.attention import attend_new, attend_slots, received
 from kvjax.cache.axes import logical_axes
 from kvjax.cache.bands import Bands, attend_bands, bands
 from kvjax.cache.bases import LayerBases, layer_bases
+from kvjax.cache.blocks import best_blocks
 from kvjax.cache.budgets import (
     Budget,
     adaptive,
@@ -47,6 +48,7 @@ from kvjax.cache.heavy import Growth, growth, heavy
 from kvjax.cache.importance import global_local, protect
 from kvjax.cache.later import later
 from kvjax.cache.levels import Levels, levels, named, relevance
+from kvjax.cache.marks import token_columns
 from kvjax.cache.prefix import prefix
 from kvjax.cache.prune import prune
 from kvjax.cache.readers import Reader, best_pages, best_tokens
@@ -68,6 +70,7 @@ from kvjax.cache.scores import (
 )
 from kvjax.cache.share import Share, share
 from kvjax.cache.sift import sift
+from kvjax.cache.spans import best_spans, ends_every, ends_in
 from kvjax.cache.stage import (
     Carried,
     Column,
@@ -78,6 +81,7 @@ from kvjax.cache.stage import (
     Replay,
     Stage,
     Statistic,
+    TokenMark,
 )
 from kvjax.cache.stages import by_position, first, recent
 from kvjax.cache.store import Store, store
@@ -133,6 +137,7 @@ __all__ = [
     "Stage",
     "Statistic",
     "Store",
+    "TokenMark",
     "Window",
     "accumulated_attention",
     "adaptive",
@@ -143,7 +148,9 @@ __all__ = [
     "attend_slots",
     "attending",
     "bands",
+    "best_blocks",
     "best_pages",
+    "best_spans",
     "best_tokens",
     "by_position",
     "chain",
@@ -154,6 +161,8 @@ __all__ = [
     "coverage",
     "covering",
     "dropping",
+    "ends_every",
+    "ends_in",
     "evenness",
     "expected_attention",
     "finish",
@@ -205,6 +214,7 @@ __all__ = [
     "store",
     "take",
     "together",
+    "token_columns",
     "tokens_held",
     "uniform",
     "window_attention",

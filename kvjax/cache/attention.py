@@ -39,6 +39,29 @@ def visible(query: Query, pos: Array, rows: Array) -> Array:
     return there & (rows[..., :, None] - pos[..., None, :] < query.span)
 
 
+def dot_rotated(
+    query: Query, k: Array, pos: Array, reach: int | None = None, q: Array | None = None
+) -> Array:
+    """Logits of keys that are held before rotation, float32 [B, H, G * T, N].
+
+        q_i R(min(i - j, reach)) k_j
+
+    Args:
+      k: [B, H, N, D]. pos: int32 [B, H or 1, N].
+      reach: keys further back are read as if they stood `reach` positions back; None: all are read
+        where they stand.
+      q: grouped queries [B, H, G * T, D] in place of `query.q`.
+    """
+    heads = k.shape[1]
+    q = query.grouped(query.q, heads) if q is None else q
+    near = dot_keys(q, rotate(k, pos, query.rope))
+    if reach is None:
+        return near
+    far = dot_keys(query.grouped(query.far(reach).q, heads), k)
+    distance = query.rows(q)[..., :, None] - pos[..., None, :]
+    return jnp.where(distance < reach, near, far)
+
+
 def layer_of(x: Array, layer: Array, start: Array | int = 0, size: int | None = None) -> Array:
     """One layer of a stacked buffer, slots [start, start + size) of its axis 3, by one slice."""
     size = x.shape[3] if size is None else size
@@ -111,6 +134,7 @@ def attend_slots(
     q: Array | None = None,
     hidden: Array | None = None,
     pair: Any = None,
+    reach: int | None = None,
 ) -> Partial:
     """Attention of the query rows over one layer of an exact buffer, by a kernel where
     `query.kernels` says so and one applies (see `kvjax.cache.kernels`).
@@ -124,6 +148,7 @@ def attend_slots(
       q: use these queries [B, Hq, T, D] in place of `query.q`.
       hidden: bool [B, N], slots at hand that must not be read (superseded by new rows).
       pair: codecs of keys and values (`.k`, `.v`); None: the buffer is exact.
+      reach: unrotated keys further back are read as if so many positions back; None: no limit.
 
     Returns:
       Partial over [B, Hq, T].
@@ -148,9 +173,10 @@ def attend_slots(
         if pair is not None and unrotated:
             k = pair.k.decode(k, query.q.dtype)
         if unrotated:
-            k = rotate(k, pos, query.rope)
-        coded = pair is not None and not unrotated
-        logits = query.cap(pair.k.scores(grouped, k) if coded else dot_keys(grouped, k))
+            logits = dot_rotated(query, k, pos, reach, grouped)
+        else:
+            logits = dot_keys(grouped, k) if pair is None else pair.k.scores(grouped, k)
+        logits = query.cap(logits)
         if "bias" in kv.extra:
             logits = logits + read(kv.extra["bias"])[:, :, None, :]
         mask = query.sees(pos, heads)

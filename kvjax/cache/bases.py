@@ -74,10 +74,11 @@ class LayerBases(Stage):
         for name in ("apart", "newest"):
             if getattr(self, name) < 0:
                 raise ValueError(f"layer_bases({name}={getattr(self, name)}): expected at least 0")
-        if self.reader is not None and (self.reader.constants or self.reader.apart):
+        read = self.reader
+        if read is not None and (read.constants or read.apart or not read.by_page):
             raise ValueError(
-                f"layer_bases(reader={self.reader}): expected one without constants that chooses "
-                "for all query heads of a key-value head together, such as best_pages"
+                f"layer_bases(reader={read}): expected one of pages, without constants, that "
+                "chooses for all query heads of a key-value head together, such as best_pages"
             )
         if self.reader is None and (self.apart or self.newest):
             raise ValueError(

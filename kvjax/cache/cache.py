@@ -108,8 +108,10 @@ class Cache:
     @property
     def foldable(self) -> bool:
         """Whether commits may happen inside the layer scan (`forward(..., fold=True)`)."""
-        alone = len(self.chains) <= 1 and self.rule is None
-        return self.streaming and alone and not self.needs_attention
+        chains = [self.transforms[n] for n in self.chains]
+        marked = any(t.input_marks or t.token_marks for t in chains)
+        alone = len(chains) <= 1 and self.rule is None
+        return self.streaming and alone and not (marked or self.needs_attention)
 
 
 def apart(cache: Cache) -> tuple[Any, Cache]:
@@ -238,7 +240,8 @@ def init_cache(
     if missing and rest:
         raise ValueError(
             f"constants has no {', '.join(map(repr, missing))}, which {transform} reads: calibrate "
-            "it for this model first (python -m experiments.calibrate)"
+            "it for this model first (python -m experiments.calibrate); lists of tokens come from "
+            "kvjax.decode.token_lists"
         )
     if exact:  # the others read no constants: each array is cut to the layers that do
         cut = lambda x: x[np.asarray(rest)] if x.shape[0] == len(attention) else x  # noqa: E731

@@ -21,6 +21,7 @@ from kvjax.cache.stage import (
     Replay,
     Stage,
     Statistic,
+    TokenMark,
     most,
     observe_slots,
     total,
@@ -90,6 +91,11 @@ class Chain:
         return tuple(column for column in self.columns if isinstance(column, InputMark))
 
     @property
+    def token_marks(self) -> tuple[TokenMark, ...]:
+        """Columns that `forward` makes from token ids and positions."""
+        return tuple(column for column in self.columns if isinstance(column, TokenMark))
+
+    @property
     def replays(self) -> tuple[Replay, ...]:
         """Columns for which the prompt is read again before `finish`."""
         return tuple(column for column in self.columns if isinstance(column, Replay))
@@ -101,7 +107,8 @@ class Chain:
 
     def constants(self, width: int) -> tuple[str, ...]:
         """Names of the constants that the stages read."""
-        return _union(stage.constants(width) for stage in self.stages)
+        own = (column.constants for column in self.columns)
+        return _union([*(stage.constants(width) for stage in self.stages), *own])
 
     def given(self, constants: Mapping[str, Any], batch: int) -> tuple[Array, int] | None:
         """Tokens that rows see before any is committed; see `Stage.given`."""
@@ -118,7 +125,8 @@ class Chain:
     def needs_attention(self, state: Any) -> bool:
         """Whether commits into this state must be given attention statistics."""
         pending = isinstance(state, Pending)
-        return bool(self._observing(0, not pending) or (pending and self.statistics))
+        later = not pending and any(stage.observes for stage in self.stages)
+        return bool(later or self._observing(0, not pending) or (pending and self.statistics))
 
     def _columns_from(self, place: int) -> tuple[Column, ...]:
         """Columns held at `place`: what it and later stages ask for, and what tokens bring."""
@@ -212,6 +220,7 @@ class Chain:
                 c.name: c.update(buffer.column(kv, c.name), k, kv.pos, context) for c in columns
             }
             kv = dataclasses.replace(kv, extra={**kv.extra, **fresh})
+        context = dataclasses.replace(context, columns=kv.extra)
         if isinstance(state, Pending):
             return self._hold(state, kv, context)
         if columns and context.seen is not None:
@@ -229,7 +238,8 @@ class Chain:
                 f"{', '.join(str(s) for s in self.stages if not s.streaming)}"
             )
         noted = () if self.rule is None else self.rule.notes
-        absent = [m.name for m in (*self.input_marks, *noted) if m.name not in kv.extra]
+        made = (*self.input_marks, *self.token_marks, *noted)
+        absent = [m.name for m in made if m.name not in kv.extra]
         if absent:
             raise ValueError(
                 f"this chain needs the columns {absent} of a prompt's tokens: call "
@@ -284,10 +294,11 @@ class Chain:
                 "prompt is read again first: call kvjax.decode.replay (prefill does)"
             )
         ready = self._init_stages(state.spec)
-        context = dataclasses.replace(
-            context, phase="prefill", seen=None, stats={**state.stats, **(stats or {})}
-        )
-        return self._push(0, ready, buffer.by_position(state.kv), context)
+        stats = {**state.stats, **(stats or {})}
+        context = dataclasses.replace(context, phase="prefill", seen=None, stats=stats, whole=True)
+        kv = buffer.by_position(state.kv)
+        kv.extra.update({c.name: c.complete(kv.extra[c.name], kv.pos) for c in self.columns})
+        return self._push(0, ready, kv, context)
 
     def held(self, state: Any) -> Array:
         """Tokens held, int32 [B]."""

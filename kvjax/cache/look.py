@@ -114,37 +114,43 @@ def reads(cache: Cache, new: Any) -> np.ndarray:
     """Which tokens held one new row reads in each layer: bool [L, B, H, N], as in `Placed`.
 
     Args:
-      new: of `forward(..., cache, statistics=True)` for one row per sequence.
+      new: of `forward(..., cache, statistics=True)` for one row per sequence, or for the rows of a
+        window (more than 16) where the reader chooses for all of them.
     """
     where = placed(cache)
     out = where.held.copy()
     for n in cache.chains:
         for number, stage, own in _stages(cache.transforms[n], cache.state[n]):
             if isinstance(stage, Store) and stage.reader is not None:
+                carry = stage.start(own, new.seen.pos)
                 for index, layer in enumerate(cache.groups[n]):
                     here = where.stage[layer] == number
-                    out[layer] &= ~here | _read(cache, stage, own, index, layer, new)
+                    read, carry = _read(cache, stage, own, index, layer, new, carry)
+                    out[layer] &= ~here | read
     return out
 
 
-def _read(cache: Cache, stage: Store, own: Stored, index: int, layer: int, new: Any) -> np.ndarray:
-    """Positions that a reader lets through, bool [B, H, N]."""
+def _read(
+    cache: Cache, stage: Store, own: Stored, index: int, layer: int, new: Any, carry: Any
+) -> tuple[np.ndarray, Any]:
+    """Positions that a reader lets through, bool [B, H, N], and what it carries on."""
     seen, rope = new.seen, cache.constants["rope"][layer]
     q = seen.q[layer]
     raw = rotate(q, seen.pos[:, None], rope, inverse=True)
+    columns = {name: x[layer, :, 0] for name, x in new.kv.extra.items()}
     query = Query(
         q, raw, seen.pos, rope, cache.constants["span"][layer], cache.constants,
-        jnp.zeros(seen.pos.shape[:1], jnp.int32), cache.softcap,
+        jnp.zeros(seen.pos.shape[:1], jnp.int32), cache.softcap, columns=columns,
     )  # fmt: skip
     of = lambda x: x[index if x.shape[0] > 1 else 0]  # noqa: E731
     held, page = of(own.seen), stage.reader.page
     coded = stage._coded(held)
     grouped = query.grouped(q, own.spec.kv_heads)
     if index < stage.reader.whole:
-        return np.ones((own.spec.batch, own.spec.kv_heads, cache.max_length), bool)
+        return np.ones((own.spec.batch, own.spec.kv_heads, cache.max_length), bool), carry
     given = {name: of(cache.constants[name]) for name in stage.reader.constants}
-    chosen = stage.reader.select(
-        jax.tree.map(of, own.index), query, grouped, coded // page, constants=given
+    chosen, carry = stage.reader.choose(
+        jax.tree.map(of, own.index), jnp.asarray(index), query, grouped, coded // page, carry, given
     )
     if stage.reader.apart:  # what any query head of a key-value head reads
         chosen = chosen.reshape(*grouped.shape[:2], -1)
@@ -159,4 +165,5 @@ def _read(cache: Cache, stage: Store, own: Stored, index: int, layer: int, new: 
         rest = np.arange(pick(coded) // page * page, pick(held))
         at = pick(pos)[np.concatenate([number, rest]).astype(int)]
         out[b, h, at[at >= 0]] = True
-    return out
+    whole = stage.reader.reads_whole(jax.tree.map(of, own.index), query)
+    return (out if whole is None else out | np.asarray(whole)[:, None, None]), carry

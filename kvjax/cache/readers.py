@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.buffer import put_rows
-from kvjax.cache.types import Partial, Query, Spec
+from kvjax.cache.ring import Window
+from kvjax.cache.stage import Column, Commit
+from kvjax.cache.types import KV, Partial, Query, Spec
 from kvjax.codecs import Codec, Dense, dense
 
 
@@ -37,6 +39,38 @@ class Reader:
         """How many of the first layers read everything."""
         return 0
 
+    @property
+    def by_page(self) -> bool:
+        """Whether it is shown complete pages (`write`); else what arrives (`note`)."""
+        return True
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Columns that arriving tokens bring to it; the store itself does not keep them."""
+        return ()
+
+    @property
+    def observes(self) -> bool:
+        """Whether it must be shown the queries of rows committed after the prompt."""
+        return False
+
+    @property
+    def together(self) -> bool:
+        """Whether many rows at once (a window of a prompt) choose pages for all of them; else they
+        read everything."""
+        return False
+
+    @property
+    def watches(self) -> bool:
+        """Whether it is shown every commit beside the store's exact window (`watch`), in place of
+        pages and arrivals."""
+        return False
+
+    @property
+    def window(self) -> int:
+        """The fewest exact tokens that the store must hold beside its pages."""
+        return 0
+
     def init(self, spec: Spec, pages: int) -> Any:
         """The index beside the entries; leaves [L, B, H, pages, ...]."""
         raise NotImplementedError
@@ -47,6 +81,49 @@ class Reader:
         """Notes pages. number: [L or 1, B, H or 1, M], -1 none; k: [L, B, H, M, page, D], rotated;
         valid: bool, like k without D; constants: by name, [L, ...]."""
         raise NotImplementedError
+
+    def note(self, index: Any, kv: KV, seen: Array, context: Commit, unrotated: bool) -> Any:
+        """Notes tokens (compact) that arrive after `seen` [L or 1, B, H or 1] others."""
+        raise NotImplementedError
+
+    def watch(
+        self, index: Any, held: KV, rows: KV, window: Window, seen: Array, context: Commit
+    ) -> Any:
+        """Notes a commit before the store makes it.
+
+        Args:
+          held: the exact window, slots as `Window` says, keys as the chain holds them; no values.
+          rows: the tokens (compact) that arrive after `seen` [L or 1, B, H or 1] others.
+          context: with the queries of these rows (`seen`), where the chain is streaming.
+        """
+        raise NotImplementedError
+
+    def start(self, index: Any, pos: Array) -> Any:
+        """What `choose` of the first layer is given as `carry`; leaves [B, R, ...], R the rows that
+        choose apart: those of pos [B, T] where they are few, else 1."""
+        return ()
+
+    def choose(
+        self, index: Any, layer: Array, query: Query, q: Array, complete: Array, carry: Any,
+        constants: Mapping | None = None,
+    ) -> tuple[Array, Any]:  # fmt: skip
+        """`select`, with what goes from layer to layer; the query has one row, or (`together`) all
+        rows of a window."""
+        return self.select(index, query, q, complete, constants=constants), carry
+
+    def horizon(self, index: Any) -> Array | None:
+        """int32 [B]: how many tokens may be committed before another choice is made of the same
+        pages; None: any number."""
+        return None
+
+    def reads_whole(self, index: Any, query: Query) -> Array | None:
+        """bool [B], which rows read everything at this step; None: a step is never like that.
+
+        Args:
+          index: of one layer, as in `select`.
+          query: of one row per sequence.
+        """
+        return None
 
     def select(
         self, index: Any, query: Query, q: Array, complete: Array, free: Array | None = None,
@@ -218,17 +295,27 @@ def each_row(query: Query, q: Array, attend: Callable[[Query, Array, Array], Par
     Returns:
       Partial over the grouped rows, [B, H, G * T].
     """
+    return each_row_with(query, q, lambda *row: (attend(*row[:3]), ()), ())[0]
+
+
+def each_row_with(
+    query: Query, q: Array, attend: Callable[[Query, Array, Array, Any], Any], carry: Any
+) -> tuple[Partial, Any]:
+    """`each_row` with what each row carries, leaves [B, T, ...]: attend(query, q, rows, carry) ->
+    (Partial, carry) is given [B, 1, ...] of it."""
     count = query.pos.shape[1]
     if count == 1:
-        return attend(query, q, query.rows(q))
+        return attend(query, q, query.rows(q), carry)
 
-    def one(t: Array) -> Partial:
+    def one(t: Array) -> tuple[Partial, Any]:
         cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, t, 1, axis)  # noqa: E731
         row = dataclasses.replace(
-            query, q=cut(query.q, 2), raw=cut(query.raw, 2), pos=cut(query.pos, 1)
-        )
+            query, q=cut(query.q, 2), raw=cut(query.raw, 2), pos=cut(query.pos, 1),
+            columns={name: cut(x, 1) for name, x in query.columns.items()},
+        )  # fmt: skip
         own = row.grouped(row.q, q.shape[1])
-        return attend(row, own, row.rows(own))
+        return attend(row, own, row.rows(own), jax.tree.map(lambda x: cut(x, 1), carry))
 
-    done = jax.lax.map(one, jnp.arange(count))  # [T, B, H, G, ..] -> [B, H, G * T, ..]
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3).reshape(*q.shape[:3], *x.shape[4:]), done)
+    done, carry = jax.lax.map(one, jnp.arange(count))  # [T, B, H, G, ..] -> [B, H, G * T, ..]
+    done = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3).reshape(*q.shape[:3], *x.shape[4:]), done)
+    return done, jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), carry)

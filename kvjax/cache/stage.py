@@ -28,6 +28,8 @@ class Commit:
       softcap: of the model's attention logits.
       layout: how the cache lies over devices (`kvjax.parallel.Layout`), or None; for writes.
       last: what this stage passes on is forgotten, so it need not be read.
+      columns: those that the rows being committed bring, as `seen` has their queries.
+      whole: the tokens are a whole prompt: the bulk commit of `finish`.
     """
 
     phase: Phase
@@ -38,6 +40,8 @@ class Commit:
     softcap: float | None = None
     layout: Any = None
     last: bool = False
+    columns: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    whole: bool = False
 
     def rotated(self, kv: KV, unrotated: bool) -> Array:
         """The keys of `kv` [L, B, H, T, D], rotated at their positions."""
@@ -52,6 +56,11 @@ class Column:
     """
 
     name: str
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of the constants from which it is made."""
+        return ()
 
     @property
     def observes(self) -> bool:
@@ -72,6 +81,11 @@ class Column:
           k: [L, B, H, N, D], rotated. pos: int32 [L or 1, B, H or 1, N].
         """
         raise NotImplementedError(f"column {self.name!r} has no update rule")
+
+    def complete(self, old: Array, pos: Array) -> Array:
+        """What becomes of it when a prompt is finished, before any token is dropped: old float32
+        [L, B, H, N] and pos int32 [L or 1, B, H or 1, N], tokens by ascending position."""
+        return old
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +124,16 @@ class InputMark(LayerMark):
     def of_input(self, x: Array) -> Array:
         """x [B, T, D], the input of a layer before its norm -> float32 [B, T]."""
         raise NotImplementedError(f"column {self.name!r} is not made from a layer's input")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenMark(Mark):
+    """A mark that `forward` makes from each token's id and position, alike for all layers; queries
+    know it too (`Query.columns`)."""
+
+    def of_tokens(self, tokens: Array, positions: Array, constants: Mapping[str, Any]) -> Array:
+        """tokens, positions int32 [B, T], -1: padding -> float32 [B, T]; whatever for padding."""
+        raise NotImplementedError(f"column {self.name!r} is not made from token ids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +229,11 @@ class Stage:
     @property
     def every_layer(self) -> bool:
         """Whether layers without this stage would miss tokens, so that none can be left out."""
+        return False
+
+    @property
+    def observes(self) -> bool:
+        """Whether commits after the prompt must bring the queries of the rows."""
         return False
 
     def constants(self, width: int) -> tuple[str, ...]:

@@ -121,15 +121,22 @@ class First(SlotStage):
     """See `first`."""
 
     n: int | Share
-    positions: Literal["true", "slot"] = "true"
+    positions: Literal["true", "slot"] | int = "true"
     codec: Any = None
 
     def __post_init__(self) -> None:
         self._pair()
         if not isinstance(self.n, Share) and self.n < 0:
             raise ValueError(f"first(n={self.n}): n must be at least 0")
-        if self.positions not in ("true", "slot"):
-            raise ValueError(f"first(positions={self.positions!r}): expected 'true' or 'slot'")
+        reach = isinstance(self.positions, int) and self.positions >= 0
+        if self.positions not in ("true", "slot") and not reach:
+            raise ValueError(
+                f"first(positions={self.positions!r}): expected 'true', 'slot' or a distance"
+            )
+
+    @property
+    def unrotated(self) -> bool:
+        return not isinstance(self.positions, str)
 
     def init(self, spec: Spec) -> Slots:
         return self._empty(spec, min(tokens_of(self.n, spec), spec.max_length))
@@ -143,7 +150,8 @@ class First(SlotStage):
         if self.positions == "slot":
             # Close the gap that eviction left: the query moves, the stored keys do not.
             q = rotate(query.raw, (query.pos - query.gap[:, None])[:, None], query.rope)
-        return self._read(state, layer, query, q=q), carry
+        reach = None if isinstance(self.positions, str) else self.positions
+        return self._read(state, layer, query, q=q, reach=reach), carry
 
     def releases(self, state: Slots, kv: KV) -> Array:
         return jnp.any(state.seen + kv.count > tokens_of(self.n, state.spec))
@@ -161,14 +169,17 @@ class First(SlotStage):
         return reach, self.downstream(state.spec) is None
 
 
-def first(n: int | Share, positions: Literal["true", "slot"] = "true", codec: Any = None) -> First:
+def first(
+    n: int | Share, positions: Literal["true", "slot"] | int = "true", codec: Any = None
+) -> First:
     """The first n tokens that arrive, exactly; all later ones flow on.
 
     Args:
       n: tokens kept per row, or a `share` of the prompt.
       positions: "true": keys are read at their positions. "slot": the query is read as if the
         tokens that the chain no longer holds had never been, so that distances count held tokens
-        only (StreamingLLM, arXiv 2309.17453).
+        only (StreamingLLM, arXiv 2309.17453). A number: keys further back than that are read as if
+        they stood so far back (held before rotation).
       codec: per-token codec, or per_kv of two; None: exact.
 
     >>> first(4) == first(4)

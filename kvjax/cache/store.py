@@ -11,13 +11,24 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
-from kvjax.cache.attention import dot_keys, dot_values, visible
+from kvjax.cache.attention import dot_keys, dot_rotated, dot_values, visible
 from kvjax.cache.fit import Fit
 from kvjax.cache.kernels import attend_stored
 from kvjax.cache.paging import Pool, Rectangle, check_heads, per_layer
-from kvjax.cache.readers import Reader, each_row
+from kvjax.cache.readers import Reader, each_row_with
+from kvjax.cache.reading import attend_read, note, watch
 from kvjax.cache.ring import Window
-from kvjax.cache.stage import FOREVER, Commit, Stage, Statistic, exact, least, most, total
+from kvjax.cache.stage import (
+    FOREVER,
+    Column,
+    Commit,
+    Stage,
+    Statistic,
+    exact,
+    least,
+    most,
+    total,
+)
 from kvjax.cache.stored import Stored
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, rotate
 from kvjax.codecs import Codec, PerKV, as_pair, dense, joins_heads
@@ -33,6 +44,7 @@ class Store(Stage):
     rope: str = "after"
     fit: Fit | None = None
     reader: Reader | None = None
+    reach: int | None = None
 
     def __post_init__(self) -> None:
         for name, codec, window in (
@@ -46,6 +58,24 @@ class Store(Stage):
                 )
         if self.rope not in ("before", "after"):
             raise ValueError(f"store(rope={self.rope!r}): expected 'before' or 'after'")
+        newest = min(self.keys.n, self.values.n)
+        if self.reach is not None and not (self.rope == "before" and 0 <= self.reach <= newest):
+            raise ValueError(
+                f"store(reach={self.reach}, rope={self.rope!r}): expected rope='before' and at "
+                f"least so many exact tokens, not {self.keys} and {self.values}"
+            )
+        if self.reader is not None:
+            self._check_reader(newest)
+
+    def _check_reader(self, newest: int) -> None:
+        page, same = self.reader.page, self.keys == self.values
+        whole = same and self.unrotated and self.keys.release % page == 0
+        if newest < self.reader.window or (self.reader.watches and not whole):
+            raise ValueError(
+                f"store(reader={self.reader}): expected rope='before' and keys and values = "
+                f"Window({self.reader.window}, {page}), not {self.rope!r}, {self.keys} and "
+                f"{self.values}"
+            )
 
     @property
     def streaming(self) -> bool:
@@ -59,6 +89,14 @@ class Store(Stage):
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         return () if self.fit is None else self.fit.statistics
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return () if self.reader is None else self.reader.columns
+
+    @property
+    def observes(self) -> bool:
+        return self.reader is not None and self.reader.observes
 
     @property
     def unrotated(self) -> bool:
@@ -120,7 +158,8 @@ class Store(Stage):
         return Stored(
             jnp.zeros(seen, jnp.int32),
             jnp.full((*place.pos_lead(spec), tokens), -1, jnp.int32),
-            {name: jnp.zeros((*lead, tokens), jnp.float32) for name in spec.columns},
+            {name: jnp.zeros((*lead, tokens), jnp.float32) for name in spec.columns
+             if name not in {column.name for column in self.columns}},
             k, v, *rings, place,
             {} if self.fit is None else self.fit.init(spec),
             index, spec,
@@ -150,6 +189,10 @@ class Store(Stage):
             growth = spec.max_length - spec.prompt
             place = place.allocate(jnp.broadcast_to(kv.count + growth, state.seen.shape))
             state = state.replace(place=place)
+        if self.reader is not None and self.reader.watches:
+            index = watch(self, state, kv, context)
+            seen = buffer.after(state.seen, *jax.tree.leaves(index))
+            state = state.replace(seen=seen, index=index)
         seen = state.seen
         arrived = jnp.broadcast_to(kv.count, seen.shape)
         after = seen + arrived
@@ -171,7 +214,7 @@ class Store(Stage):
             extra=extra, k=k, v=v, k_ring=k_ring, v_ring=v_ring,
         )  # fmt: skip
         if self.reader is not None:
-            state = state.replace(index=self._note_pages(state, seen, kv, context))
+            state = state.replace(index=note(self, state, seen, kv, context))
         return state, None
 
     def _code(
@@ -209,51 +252,24 @@ class Store(Stage):
     def _constants(self, codec: Codec, state: Stored, given: Any) -> dict[str, Array] | None:
         return codec.pick({**(given or {}), **state.fitted}, state.spec.width)
 
-    def _note_pages(self, state: Stored, seen: Array, kv: KV, context: Commit) -> Any:
-        """Shows the reader every page that these rows completed."""
-        page, spec = self.reader.page, state.spec
-        coded = self._coded(state.seen)
-        was = self._coded(seen)
-        first, last = was // page, coded // page
-        span = (kv.size + max(self.keys.release, self.values.release, page)) // page + 1
-        number = first[..., None] + jnp.arange(span, dtype=jnp.int32)
-        number = jnp.where(number < last[..., None], number, -1)
-
-        def write(index: Any) -> Any:
-            token = jnp.maximum(number, 0)[..., None] * page + jnp.arange(page)
-            token = token.reshape(*number.shape[:3], -1)
-            constants = self._constants(self.codec.k, state, context.constants)
-            units = token[..., :: self.codec.k.block] // self.codec.k.block
-            at = lambda x: jnp.take_along_axis(  # noqa: E731
-                x, units.reshape(units.shape + (1,) * (x.ndim - 4)), 3
-            )
-            k = self.codec.k.decode(jax.tree.map(at, state.k), jnp.float32, constants)
-            pos = jnp.take_along_axis(state.pos, token, 3)
-            if spec.unrotated:
-                k = rotate(k, pos, context.rope)
-            k = k.reshape(*k.shape[:3], span, page, k.shape[-1])
-            valid = (pos >= 0).reshape(*pos.shape[:3], span, page)
-            given = {name: context.constants[name] for name in self.reader.constants}
-            return self.reader.write(index, number, k, valid, given)
-
-        if page == 1:  # with every token
-            return write(state.index)
-        return jax.lax.cond(jnp.any(last > first), write, lambda index: index, state.index)
-
     def _coded(self, seen: Array) -> Array:
         """Tokens of which both key and value are coded."""
         return jnp.minimum(self.keys.left(seen), self.values.left(seen))
 
     # --- reading ---
 
+    def start(self, state: Stored, pos: Array) -> Any:
+        return () if self.reader is None else self.reader.start(state.index, pos)
+
     def attend(self, state: Stored, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
-        q = query.grouped(query.q, state.spec.kv_heads)
         seen = per_layer(state.seen, layer)
         coded = self._coded(seen)
         done = None
         if jax.tree.leaves(state.k) and jax.tree.leaves(state.v) and state.place.slots:
             done = attend_stored(query, self, state, layer, coded)
-            done = self._attend_coded(state, layer, query, q, coded) if done is None else done
+            if done is None:
+                done, carry = self._attend_coded(state, layer, query, carry, coded)
+        q = query.grouped(query.q, state.spec.kv_heads)
         if state.k_ring.shape[3] or state.v_ring.shape[3]:
             tail = self._attend_tail(state, layer, query, q, seen, coded)
             done = tail if done is None else merge(done, tail)
@@ -264,15 +280,18 @@ class Store(Stage):
         return jax.tree.map(lambda x: per_layer(x, layer), constants)
 
     def _attend_coded(
-        self, state: Stored, layer: Array, query: Query, q: Array, coded: Array
-    ) -> Partial:
+        self, state: Stored, layer: Array, query: Query, carry: Any, coded: Array
+    ) -> tuple[Partial, Any]:
         ck, cv = self.codec.k, self.codec.v
         kc, vc = (self._of_layer(c, state, layer, query) for c in (ck, cv))
+        if self.reach is not None:  # so far back are all of them
+            query = query.far(self.reach)
+        q = query.grouped(query.q, state.spec.kv_heads)
 
         def part(read: Any, mask: Array, q: Array, rows: Array) -> Partial:
             pos = read(state.pos, 1)
             code = jax.tree.map(lambda x: read(x, ck.block), state.k)
-            if state.spec.unrotated:
+            if state.spec.unrotated and self.reach is None:
                 k = ck.decode(code, query.q.dtype, kc)
                 logits = dot_keys(q, rotate(k, pos, query.rope))
             else:
@@ -284,9 +303,9 @@ class Store(Stage):
             code = jax.tree.map(lambda x: read(x, cv.block), state.v)
             return partial_attention(logits, seen, lambda p: cv.mix(p, code, vc))
 
-        rows, count = query.rows(q), query.pos.shape[1]
+        rows, count, reader = query.rows(q), query.pos.shape[1], self.reader
 
-        def everything() -> Partial:
+        def everything(query: Query = query, q: Array = q, rows: Array = rows) -> Partial:
             base = query.base(slots := state.pos.shape[-1])
             slots = min(slots, state.place.slots)
             here = coded if query.shard is None else jnp.clip(coded - base, 0, slots)
@@ -294,50 +313,20 @@ class Store(Stage):
             most = 1024 if plain else 2048
             return state.place.fold(layer, query, q, rows, here, slots, part, most)
 
-        def chosen() -> Partial:
-            read = lambda *row: self._attend_pages(state, layer, *row, coded, part)  # noqa: E731
-            return each_row(query, q, read)
+        def chosen() -> tuple[Partial, Any]:
+            read = lambda *row: attend_read(  # noqa: E731
+                self, state, layer, *row, coded, part, everything
+            )
+            if count > buffer.FEW:  # one choice for all rows
+                return read(query, q, rows, carry)
+            return each_row_with(query, q, read, carry)
 
-        if self.reader is None or count > buffer.FEW:
-            return everything()
-        if self.reader.whole:
-            return jax.lax.cond(layer < self.reader.whole, everything, chosen)
+        if reader is None or (count > buffer.FEW and not reader.together):
+            return everything(), carry
+        if reader.whole:
+            every = lambda: (everything(), carry)  # noqa: E731
+            return jax.lax.cond(layer < reader.whole, every, chosen)
         return chosen()
-
-    def _attend_pages(
-        self, state: Stored, layer: Array, query: Query, q: Array, rows: Array, coded: Array,
-        part: Any,
-    ) -> Partial:  # fmt: skip
-        """In two phases: the reader names pages, and only those are gathered and decoded."""
-        page = self.reader.page
-        base = query.base(slots := state.pos.shape[-1])
-        index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
-        given = {name: per_layer(query.constants[name], layer) for name in self.reader.constants}
-        chosen = self.reader.select(index, query, q, coded // page, constants=given)
-        batch, heads, group = q.shape[:3]
-        own = heads * group if self.reader.apart else heads  # that choose
-        chosen = jnp.broadcast_to(chosen, (batch, own, chosen.shape[-1]))
-
-        def read(x: Array, block: int) -> Array:
-            each = page // block
-            unit = (chosen * page - base)[..., None] // block + jnp.arange(each)
-            got = state.place.gather(x, layer, unit.reshape(batch, heads, -1), block)
-            return got.reshape(batch, own, -1, *got.shape[3:])
-
-        # Pages whose slots are elsewhere are read there.
-        there = jnp.repeat(query.at_hand(chosen >= 0, chosen * page, slots), page, -1)
-        alone = q.reshape(batch, own, -1, q.shape[-1]), rows.reshape(batch, own, -1)
-        picked = part(read, there, *alone)
-        picked = jax.tree.map(lambda x: x.reshape(batch, heads, group, *x.shape[3:]), picked)
-        if page == 1:
-            return picked
-        # The last, incomplete page is always read.
-        token = (coded // page * page)[..., None] + jnp.arange(page)
-        rest = lambda x, block: state.place.gather(  # noqa: E731
-            x, layer, (token[..., ::block] - base) // block, block
-        )
-        mask = query.at_hand(token < coded[..., None], token, slots)
-        return merge(picked, part(rest, mask, q, rows))
 
     def _attend_tail(
         self, state: Stored, layer: Array, query: Query, q: Array, seen: Array, coded: Array
@@ -355,8 +344,9 @@ class Store(Stage):
             state, self.codec.v, self.values, state.v, state.v_ring, layer, query, seen, number
         )
         if state.spec.unrotated:
-            k = rotate(k, pos, query.rope)
-        logits = query.cap(dot_keys(q, k))
+            logits = query.cap(dot_rotated(query, k, pos, self.reach, q))
+        else:
+            logits = query.cap(dot_keys(q, k))
         if "bias" in state.extra:
             bias = state.place.gather(state.extra["bias"], layer, number - base)
             logits = logits + bias[:, :, None]
@@ -410,6 +400,8 @@ class Store(Stage):
             turns = self._coded(state.seen[..., None] + more) // page > coded[..., None] // page
             first = jnp.where(jnp.any(turns, -1), jnp.argmax(turns, -1) + 1, more[-1])
             reach = jnp.minimum(reach, least(first))
+        if self.reader is not None and (own := self.reader.horizon(state.index)) is not None:
+            reach = jnp.minimum(reach, own)
         return reach, True
 
 
@@ -421,6 +413,7 @@ def store(
     rope: str = "after",
     fit: Fit | None = None,
     reader: Reader | None = None,
+    reach: int | None = None,
 ) -> Store:
     """Holds everything that comes, coded; the end of a chain.
 
@@ -432,8 +425,10 @@ def store(
       rope: whether keys are coded "before" or "after" rotary rotation.
       fit: finds the codec's constants from the prompt.
       reader: chooses what each query reads; None: everything.
+      reach: keys further back are read as if they stood `reach` positions back (rope="before"; at
+        least so many tokens are exact); None: all keys are read where they stand.
     """
     pair = as_pair(dense() if codec is None else codec)
     keys = Window(0, pair.k.block) if keys is None else keys
     values = Window(0, pair.v.block) if values is None else values
-    return Store(pair, keys, values, rope, fit, reader)
+    return Store(pair, keys, values, rope, fit, reader, reach)

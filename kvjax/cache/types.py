@@ -204,6 +204,7 @@ class Query:
       kernels: which implementation attends to held tokens; see `Cache`.
       layout: how the cache lies over devices (`kvjax.parallel.Layout`), or None.
       shard: int32 scalar where the stage is given one of several equal runs of its slots: which.
+      columns: what these rows are marked with, float32 [B, T] by name (`TokenMark`).
     """
 
     q: Array
@@ -219,6 +220,11 @@ class Query:
     kernels: str = "xla"
     layout: Any = None
     shard: Array | None = None
+    columns: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+    def far(self, distance: int) -> Query:
+        """The query for keys that are read unrotated, as if all stood `distance` before it."""
+        return dataclasses.replace(self, q=rotate(self.raw, jnp.asarray([distance]), self.rope))
 
     def base(self, slots: int) -> Array | int:
         """Number of the first slot of a buffer of which `slots` are at hand: 0 unless split."""

@@ -6,6 +6,7 @@
 Every function returns a chain, runs without arguments, and is known to `parse` by its name.
 """
 
+from kvjax.compress.actqkv import actqkv
 from kvjax.compress.adakv import adakv
 from kvjax.compress.chelsea import chelsea
 from kvjax.compress.compress_kv_heads import compress_kv_heads
@@ -32,6 +33,7 @@ from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
 from kvjax.compress.rotatekv import rotatekv
 from kvjax.compress.rtn import rtn
+from kvjax.compress.sentencekv import sentencekv
 from kvjax.compress.snapkv import snapkv
 from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
@@ -43,6 +45,7 @@ from kvjax.compress.zipvl import zipvl
 
 __all__ = [
     "METHODS",
+    "actqkv",
     "adakv",
     "chelsea",
     "compress_kv_heads",
@@ -69,6 +72,7 @@ __all__ = [
     "random_eviction",
     "rotatekv",
     "rtn",
+    "sentencekv",
     "snapkv",
     "streaming_llm",
     "tova",

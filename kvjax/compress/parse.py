@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvjax.cache import Chain
+from kvjax.compress.actqkv import actqkv
 from kvjax.compress.adakv import adakv
 from kvjax.compress.chelsea import chelsea
 from kvjax.compress.compress_kv_heads import compress_kv_heads
@@ -34,6 +35,7 @@ from kvjax.compress.pyramidkv import pyramidkv
 from kvjax.compress.random_eviction import random_eviction
 from kvjax.compress.rotatekv import rotatekv
 from kvjax.compress.rtn import rtn
+from kvjax.compress.sentencekv import sentencekv
 from kvjax.compress.snapkv import snapkv
 from kvjax.compress.streaming_llm import streaming_llm
 from kvjax.compress.tova import tova
@@ -49,8 +51,8 @@ METHODS: dict[str, Callable[..., Chain]] = {
         dense, rtn, random_eviction, streaming_llm, h2o, tova, snapkv, pyramidkv, adakv,
         expected_attention, keydiff, knorm, kivi, gear, mikv, turboquant, rotatekv, kvquant,
         vidkv, mustafar, kvzip, xkv, compress_kv_heads, cskv,
-        d2o, ems, chelsea, prefixkv, hydragen, double_sparsity, zipvl, mustdrop,
-        video_xl_2,
+        d2o, ems, chelsea, prefixkv, hydragen, double_sparsity, sentencekv, actqkv,
+        zipvl, mustdrop, video_xl_2,
     )
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Decoding: prefill, generate, score, and the text-level loop."""
 
+from kvjax.decode.lists import token_lists
 from kvjax.decode.loop import Generation, extend, generate, positions_of, prefill, score
 from kvjax.decode.process import Processor, host_mask, processors, repetition_penalty
 from kvjax.decode.replay import Words, repeat_words, replay
@@ -26,4 +27,5 @@ __all__ = [
     "score",
     "share",
     "stream",
+    "token_lists",
 ]

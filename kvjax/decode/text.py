@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import Chain, Stage, chain, store
+from kvjax.decode.lists import token_lists
 from kvjax.decode.loop import generate, prefill
 from kvjax.decode.process import Processor
 from kvjax.decode.replay import repeat_words
@@ -83,6 +84,7 @@ def stream(
     logits, cache = prefill(
         model, tokens, method, lengths=jnp.asarray(lengths), new_tokens=rounds * segment,
         chunk=chunk, exact_layers=exact_layers, kernels=kernels, words=asking,
+        constants=token_lists(tokenizer, method),
     )  # fmt: skip
     shown = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
     streams = [tokenizer.stream() for _ in rows]

@@ -12,6 +12,7 @@ from jax import Array
 
 from kvjax.cache.attention import attend_new
 from kvjax.cache.cache import Cache, attend, commit, start
+from kvjax.cache.marks import token_columns
 from kvjax.cache.rotary import rope_of, span_of
 from kvjax.cache.rule import Rule, attend_chosen, blank
 from kvjax.cache.stage import InputMark
@@ -71,8 +72,9 @@ def forward(
       marks: columns of the new tokens, made from what each layer reads; None: as the cache asks.
       shift: added to the keys (before rotation) and values, two arrays [L, B, H, T, d]: zeros at
         which a gradient is taken say how much each number matters.
-      columns: what the new tokens bring by name, such as their type, float32 [B, T]; they travel
-        with the tokens where a stage asks for them.
+      columns: what the caller knows of the new tokens by name, such as their type, float32 [B, T];
+        they travel with the tokens where a stage asks for them. Those that the cache asks for and
+        that are made from token ids are made here.
       rule: which of the new rows take part in each layer's attention; None: as the cache asks of a
         prompt (phase "prefill").
       remat: for these keep each layer's input only, and compute the rest again on the way back.
@@ -101,12 +103,14 @@ def forward(
         marks = () if cache is None else cache.input_marks
     if rule is None and cache is not None and phase == "prefill":
         rule = cache.rule
+    if cache is not None:
+        columns = token_columns(cache, tokens, positions, columns)
+    columns = {n: jnp.asarray(x, jnp.float32) for n, x in (columns or {}).items()}
     if fold and (marks or columns or rule is not None):
-        names = [*(m.name for m in marks), *(columns or {})]
+        names = [*(m.name for m in marks), *columns]
         raise ValueError(f"fold=True: rules do not act there, nor are the columns {names} made")
     if rule is not None and config.recurrent_layers:
         raise ValueError(f"rule={rule}: this model has recurrent layers, which take all rows")
-    brought = {n: jnp.asarray(x, jnp.float32) for n, x in (columns or {}).items()}
     valid = positions >= 0
     x = embed(model, jnp.where(valid, tokens, 0)) if embeddings is None else embeddings
     x = jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
@@ -123,7 +127,7 @@ def forward(
         x = x.astype(jnp.float32)
 
     split = cache is not None and cache.layout is not None
-    ruled = () if rule is None else rule.start(positions, _asked(rule, brought, positions))
+    ruled = () if rule is None else rule.start(positions, _asked(rule, columns, positions))
 
     def attention(state: tuple[Array, Any, Any], xs: Any) -> tuple[tuple[Array, Any, Any], Any]:
         x, carry, ruled = state
@@ -143,6 +147,7 @@ def forward(
             {} if cache is None else cache.constants,
             jnp.zeros((x.shape[0],), jnp.int32), config.attention_softcap, windowed, differentiable,
             "xla" if cache is None else cache.kernels, None if cache is None else cache.layout,
+            columns=columns,
         )  # fmt: skip
         choice = None
         if rule is None:
@@ -229,7 +234,7 @@ def forward(
     empty = jnp.zeros((0, x.shape[0], 0, x.shape[1], 0), dtype)
     k, v, seen, marked, took = (empty, empty, None, {}, None) if out is None else out
     heads = lambda x: jnp.broadcast_to(x[:, :, None], k.shape[:-1])  # noqa: E731
-    named = {name: x[None] for name, x in brought.items()} | marked
+    named = {name: x[None] for name, x in columns.items()} | marked
     extra = {name: heads(x.astype(jnp.float32)) for name, x in named.items()}
     place = positions[None]
     if rule is not None and rule.drops:

@@ -20,10 +20,13 @@ from kvjax.cache import (
     accumulated_attention,
     adaptive,
     apart,
+    best_blocks,
     best_pages,
+    best_spans,
     by_position,
     chain,
     commit,
+    ends_every,
     finish,
     first,
     heavy,
@@ -59,6 +62,19 @@ CHAINS = {
         prune(keep=0.5, score=window_attention(), budget=adaptive()), recent(32, 32), store(kivi)
     ),
     "reader": chain(store(reader=best_pages(16, 16))),
+    "reader of spans": chain(
+        store(reader=best_spans(256, ends_every(16), first=4, recent=32, whole_steps=2))
+    ),
+    "reader of blocks": chain(
+        first(4, 63),
+        store(
+            keys=Window(64, 32),
+            values=Window(64, 32),
+            rope="before",
+            reach=63,
+            reader=best_blocks(16, 32, window=64, least=8, most=32),
+        ),
+    ),
     "bases": chain(layer_bases(64, 96, 2), store()),
     "bases read": chain(
         layer_bases(64, 96, 2, reader=best_pages(32, 8), apart=6, newest=4), store()

@@ -61,13 +61,18 @@ def rows() -> np.ndarray:
 def run(model, cache, x, pos, tail, tail_pos):
     """Prompt, finish, then one token after the other: logits [B, 1 + STEPS, V] and the cache."""
     TRACES.append("run")
-    first, new = forward(model, None, pos, cache, phase="prefill", embeddings=x, logits="last")
+    marks = cache.transforms[0].token_marks
+    ends = lambda pos: {m.name: (pos % 5 == 4).astype(jnp.float32) for m in marks}  # noqa: E731
+    first, new = forward(
+        model, None, pos, cache, phase="prefill", embeddings=x, logits="last", columns=ends(pos)
+    )
     cache = commit(cache, new, phase="prefill")
     cache = finish(replay(model, cache, None, pos, embeddings=x) if cache.replays else cache)
 
     def step(cache, xs):
         x, pos = xs
-        logits, new = forward(model, None, pos[:, None], cache, embeddings=x[:, None])
+        pos = pos[:, None]
+        logits, new = forward(model, None, pos, cache, embeddings=x[:, None], columns=ends(pos))
         return commit(cache, new), logits[:, 0]
 
     cache, rest = jax.lax.scan(step, cache, (jnp.moveaxis(tail, 1, 0), tail_pos.T))
@@ -105,7 +110,8 @@ def cache_of(text: str, batch: int = 3):
 
 def plain_constants(chain, config) -> dict:
     """Constants by which a calibrated method works, though not well, as its codecs ask for them."""
-    found = {}
+    lists = (name for mark in chain.token_marks for name in mark.constants)
+    found = {name: jnp.zeros((1, config.vocab_size), bool) for name in lists}
     for stage in chain.stages:
         stage = getattr(stage, "inner", stage)
         for name in getattr(getattr(stage, "reader", None), "constants", ()):  # orders of channels

@@ -76,6 +76,11 @@ SETTINGS = {
     "mustdrop in one pool": "mustdrop(tau_g=0.1, tau_x=0.1, layers=(1,), visual=(2, 20), keep=0.8)",
     "video_xl_2": f"video_xl_2(length=6, {FEW}, chunk=1, previous=1, relevant=1, stride=2)",
     "video_xl_2, half": f"video_xl_2(keep=0.5, length=5, {FEW}, prefix=3, bias=True, by='mean')",
+    "sentencekv": f"sentencekv(tokens=8, factor=2, first=2, recent=2, {VOTE})",
+    "sentencekv, streaming": "sentencekv(tokens=8, keep=1.0, first=2, recent=2, dense_steps=1)",
+    "actqkv": "actqkv(blocks=2, block=2, sinks=2, local=4, representatives=1, warmup=5)",
+    "actqkv, layers alike": "actqkv(blocks=2, block=2, sinks=2, local=4, representatives=1, "
+    "dynamic=False)",
     "snapkv in kivi": f"snapkv(keep=0.5, {VOTE}, storage=kivi(bits=4, group=4, residual=8))",
     "streaming_llm 4 bits": "streaming_llm(tokens=10, sinks=2, storage=rtn(bits=4))",
     "adakv in gear": f"adakv(keep=0.5, {VOTE}, storage=gear(bits=2, group=4, buffer=8, span=8))",
@@ -123,6 +128,10 @@ LIMITS = {
     "hydragen": "hydragen(levels=3)",
     "double_sparsity": "double_sparsity(tokens=32, channels=4, bits=2, dense_layers=0)",
     "double_sparsity, no sparse layer": "double_sparsity(tokens=2, channels=8)",
+    "sentencekv": f"sentencekv(tokens=32, factor=1, first=2, recent=3, dense_steps=0, {VOTE})",
+    "sentencekv, all dense": "sentencekv(tokens=9, keep=1.0, first=2, recent=3, dense_steps=9)",
+    "actqkv": "actqkv(blocks=16, block=2, sinks=2, local=4, representatives=1, constant=False)",
+    "actqkv, all of it near": "actqkv(local=32)",
     "compress_kv_heads, before": "compress_kv_heads(keep=1.0, rope='before')",
     "zipvl": "zipvl(tau=1.0, bits=16, group=4)",
     "zipvl, both exact": "zipvl(tau=1.0, bits=16, low_bits=16, interval=3, group=4)",
@@ -138,7 +147,8 @@ LIMITS = {
 # compress_kv_heads, whose budget is of heads.
 EVERYTHING = {n for n, f in METHODS.items() if "keep" not in inspect.signature(f).parameters}
 EVERYTHING |= {"mikv", "mikv, growing", "xkv, selective", "compress_kv_heads", "cskv 4 bits"}
-EVERYTHING |= {"hydragen in kivi", "double_sparsity 4 bits"}  # and `evict` is no budget
+EVERYTHING |= {"hydragen in kivi", "double_sparsity 4 bits", "sentencekv, streaming"}
+EVERYTHING |= {"actqkv, layers alike"}  # and `evict` is no budget
 EXACT = 2e-5  # of logits of size about 3: float32 sums in another order
 # Sums in another order may move a float16 scale by its rounding, or at a tie a code by a step. What
 # the cases look for (a wrong row, a felt NaN) moves logits by 0.5 and more.
@@ -312,6 +322,11 @@ CONFIG_64 = type(CONFIG)(50, 64, 48, 2, 2, 2, 64)
         # all, and labels of 32 channels for each of 2 heads of 64, keys and values
         ("double_sparsity", 1.24, 1.26),
         ("double_sparsity(bits=4)", 1.03, 1.05),
+        # and the sum of the keys of a span for 8 tokens that can come: 544 / 8 / 2 / 544 = 0.06
+        ("sentencekv(keep=1.0)", 1.06, 1.08),
+        ("sentencekv(keep=0.25, shortest=16)", 0.32, 0.34),  # 160 of 544 tokens, 34 spans: 0.03
+        # all, and a key for every 16 tokens
+        ("actqkv(blocks=2, block=16, sinks=4, local=64)", 1.03, 1.05),
         # Half of 512, 32 of 544 tokens exactly: 0.53; and 4 matrices of 128 x 64 each layer: 0.12.
         ("cskv", 0.64, 0.66),
         # Room for 544 tokens at 5 bits and for as many at 3, each being in one: 0.25 of 32 bits; 32

@@ -36,7 +36,7 @@ decoded = b.decoder(model, case, 4)()
 results = common.Results(sys.argv[2], {"model": "tiny"}, key="case")
 b.compile_part(model, results)
 rate.measure = lambda: 10.0
-b.long_part(model, rate, results, 40, dict(b.parse(sys.argv[3])))
+b.long_part(model, rate, results, 40, {label: (c, {}) for label, c in b.parse(sys.argv[3])})
 print(json.dumps({
     "order": order, "seconds": seconds, "ratio": b.ratio(seconds, "slow", "fast"),
     "roofline": b.of_roofline(seconds, "fast", 10),

@@ -1,0 +1,118 @@
+"""What a reader does in a store: it is shown what comes, and chooses what a query reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvjax.cache.paging import per_layer
+from kvjax.cache.stage import Commit
+from kvjax.cache.stored import Stored
+from kvjax.cache.types import KV, Partial, Query, merge, rotate
+
+
+def note(store: Any, state: Stored, seen: Array, kv: KV, context: Commit) -> Any:
+    """Shows the reader every page that these rows completed, or the rows themselves."""
+    if store.reader.watches:
+        return state.index
+    if not store.reader.by_page:
+        return store.reader.note(state.index, kv, seen, context, state.spec.unrotated)
+    page, spec = store.reader.page, state.spec
+    coded = store._coded(state.seen)
+    was = store._coded(seen)
+    first, last = was // page, coded // page
+    span = (kv.size + max(store.keys.release, store.values.release, page)) // page + 1
+    number = first[..., None] + jnp.arange(span, dtype=jnp.int32)
+    number = jnp.where(number < last[..., None], number, -1)
+
+    def write(index: Any) -> Any:
+        token = jnp.maximum(number, 0)[..., None] * page + jnp.arange(page)
+        token = token.reshape(*number.shape[:3], -1)
+        constants = store._constants(store.codec.k, state, context.constants)
+        units = token[..., :: store.codec.k.block] // store.codec.k.block
+        at = lambda x: jnp.take_along_axis(  # noqa: E731
+            x, units.reshape(units.shape + (1,) * (x.ndim - 4)), 3
+        )
+        k = store.codec.k.decode(jax.tree.map(at, state.k), jnp.float32, constants)
+        pos = jnp.take_along_axis(state.pos, token, 3)
+        if spec.unrotated:
+            k = rotate(k, pos, context.rope)
+        k = k.reshape(*k.shape[:3], span, page, k.shape[-1])
+        valid = (pos >= 0).reshape(*pos.shape[:3], span, page)
+        given = {name: context.constants[name] for name in store.reader.constants}
+        return store.reader.write(index, number, k, valid, given)
+
+    if page == 1:  # with every token
+        return write(state.index)
+    return jax.lax.cond(jnp.any(last > first), write, lambda index: index, state.index)
+
+
+def watch(store: Any, state: Stored, kv: KV, context: Commit) -> Any:
+    """Shows the reader these rows and the exact window to which they will come."""
+    window = store.keys.fitting(state.k_ring)
+    number = window.held(state.seen)
+    pos = jnp.take_along_axis(state.pos, jnp.maximum(number, 0), 3)
+    held = KV(state.k_ring, (), jnp.where(number >= 0, pos, -1))
+    return store.reader.watch(state.index, held, kv, window, state.seen, context)
+
+
+def attend_read(
+    store: Any, state: Stored, layer: Array, query: Query, q: Array, rows: Array, carry: Any,
+    coded: Array, part: Any, everything: Any,
+) -> tuple[Partial, Any]:  # fmt: skip
+    """Attention of one row per sequence, or of all rows of a window: over what its reader chooses,
+    or over everything where the reader says so at this step; everything(query, q, rows) ->
+    Partial. With what the reader carries from layer to layer."""
+    index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
+    whole = store.reader.reads_whole(index, query)
+    chosen = lambda: attend_chosen(  # noqa: E731
+        store, state, layer, query, q, rows, carry, coded, part
+    )
+    if whole is None:
+        return chosen()
+
+    def apart() -> tuple[Partial, Any]:
+        pick = lambda x, y: jnp.where(whole.reshape(-1, *[1] * (x.ndim - 1)), x, y)  # noqa: E731
+        done, after = chosen()
+        return jax.tree.map(pick, everything(query, q, rows), done), after
+
+    return jax.lax.cond(jnp.any(whole), apart, chosen)
+
+
+def attend_chosen(
+    store: Any, state: Stored, layer: Array, query: Query, q: Array, rows: Array, carry: Any,
+    coded: Array, part: Any,
+) -> tuple[Partial, Any]:  # fmt: skip
+    """In two phases: the reader names pages, and only those are gathered and decoded."""
+    page = store.reader.page
+    base = query.base(slots := state.pos.shape[-1])
+    index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
+    given = {name: per_layer(query.constants[name], layer) for name in store.reader.constants}
+    chosen, carry = store.reader.choose(index, layer, query, q, coded // page, carry, given)
+    batch, heads, group = q.shape[:3]
+    own = heads * group if store.reader.apart else heads  # that choose
+    chosen = jnp.broadcast_to(chosen, (batch, own, chosen.shape[-1]))
+
+    def read(x: Array, block: int) -> Array:
+        each = page // block
+        unit = (chosen * page - base)[..., None] // block + jnp.arange(each)
+        got = state.place.gather(x, layer, unit.reshape(batch, heads, -1), block)
+        return got.reshape(batch, own, -1, *got.shape[3:])
+
+    # Pages whose slots are elsewhere are read there.
+    there = jnp.repeat(query.at_hand(chosen >= 0, chosen * page, slots), page, -1)
+    alone = q.reshape(batch, own, -1, q.shape[-1]), rows.reshape(batch, own, -1)
+    picked = part(read, there, *alone)
+    picked = jax.tree.map(lambda x: x.reshape(batch, heads, group, *x.shape[3:]), picked)
+    if page == 1:
+        return picked, carry
+    # The last, incomplete page is always read.
+    token = (coded // page * page)[..., None] + jnp.arange(page)
+    rest = lambda x, block: state.place.gather(  # noqa: E731
+        x, layer, (token[..., ::block] - base) // block, block
+    )
+    mask = query.at_hand(token < coded[..., None], token, slots)
+    return merge(picked, part(rest, mask, q, rows)), carry
