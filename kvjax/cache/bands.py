@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.attention import dot_keys, dot_values
-from kvjax.cache.types import Partial, Query, merge, partial_attention, pytree
+from kvjax.cache.types import Partial, Query, pytree
 
 FAR = jnp.iinfo(jnp.int32).max
-# Rows and keys computed together. Smaller blocks waste less around what is allowed. Of 4,096 rows
-# in groups of 40, one group a chunk, one chunk before (26 % of the pairs), attention takes 133, 149
-# and 207 ms on one core with blocks of 64, 128 and 256; causal attention 315 ms.
+# Rows and keys computed together. Smaller blocks waste less around what is allowed: of 4,096 rows
+# in groups of 40, one group a chunk, one chunk before (26 % of the pairs), attention took 133, 149
+# and 207 ms on one core with blocks of 64, 128 and 256 (causal attention at that time: 315 ms).
 BLOCK = 64
 
 
@@ -132,24 +132,33 @@ def attend_bands(query: Query, k: Array, v: Array, seen: Bands) -> Partial:
     at = seen.order[:, None, :, None]
     q, k, v = (jnp.take_along_axis(x, at, 2) for x in (query.q, k, v))
 
-    def part(q: Array, i: Any, j: Any) -> Partial:
+    def add(done: Partial, q: Array, i: Any, j: Any) -> Partial:
+        """`merge` with the attention to keys from j on; `out` is not divided by `sum` yet."""
         kj, vj = (jax.lax.dynamic_slice_in_dim(x, j, size, 2) for x in (k, v))
         ok = seen.allowed(i, j, size, size)
         if query.window:
             row, key = (jax.lax.dynamic_slice_in_dim(seen.pos, n, size, 1) for n in (i, j))
             ok &= row[:, :, None] - key[:, None, :] < query.span
         ok = jnp.tile(ok[:, None], (1, 1, groups, 1))
-        return partial_attention(query.cap(dot_keys(q, kj)), ok, lambda p: dot_values(p, vj))
+        logits = jnp.where(ok, query.cap(dot_keys(q, kj)), -jnp.inf)
+        top = jnp.maximum(done.max, jax.lax.stop_gradient(jnp.max(logits, -1)))
+        safe = jnp.where(jnp.isneginf(top), 0.0, top)
+        weights, kept = jnp.exp(logits - safe[..., None]), jnp.exp(done.max - safe)
+        out = done.out * kept[..., None] + dot_values(weights, vj)
+        return Partial(out, top, done.sum * kept + jnp.sum(weights, -1))
 
     def row_block(i: Array) -> Partial:
         own = query.grouped(jax.lax.dynamic_slice_in_dim(q, i * size, size, 2), heads)
-        none = Partial.identity((q.shape[0], heads, groups * size), v.shape[-1])
+        done = Partial.identity((q.shape[0], heads, groups * size), v.shape[-1])
         needed = seen.needed[i]
         first = jnp.argsort(~needed, stable=True)  # the blocks that are needed
-        step = lambda n, done: merge(done, part(own, i * size, first[n] * size))  # noqa: E731
+        step = lambda n, done: add(done, own, i * size, first[n] * size)  # noqa: E731
         if query.differentiable:
-            return jax.lax.scan(lambda c, n: (step(n, c), None), none, jnp.arange(count))[0]
-        return jax.lax.fori_loop(0, jnp.sum(needed), step, none)
+            done = jax.lax.scan(lambda c, n: (step(n, c), None), done, jnp.arange(count))[0]
+        else:
+            done = jax.lax.fori_loop(0, jnp.sum(needed), step, done)
+        whole = jnp.where(done.sum > 0, done.sum, 1.0)
+        return Partial(done.out / whole[..., None], done.max, done.sum)
 
     done = jax.lax.map(row_block, jnp.arange(count))
     # Back to the rows' own order; padding at the end of the order is dropped.
