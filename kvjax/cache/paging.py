@@ -213,7 +213,7 @@ class Pool:
         part: Callable[[Callable, Array, Array, Array], Partial],
         most: int = 1024,
     ) -> Partial:
-        """As `Rectangle.fold`; pages are read as they lie, and merged by owner, `CHUNK` at a time."""
+        """As `Rectangle.fold`; `CHUNK` pages at a time, as they lie, merged by owner."""
         batch, heads, count, width = q.shape
         pages = self.owner.shape[0]
         chunk = min(CHUNK, pages)

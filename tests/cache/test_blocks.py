@@ -61,13 +61,15 @@ def test_block_size_is_whole_units():
 
 
 @pytest.mark.parametrize("mask", ["causal", "window", "full", "tree"])
-@pytest.mark.parametrize("rows", [9, 40, 61])
-def test_new_rows_in_blocks_see_each_other_as_at_once(rows, mask, monkeypatch):
-    """Rows in one to eight blocks of 8, an odd and an even number, with padding anywhere."""
+@pytest.mark.parametrize("rows, padded", [(9, 9), (40, 40), (61, 61), (40, 3), (61, 3)])
+def test_new_rows_in_blocks_see_each_other_as_at_once(rows, padded, mask, monkeypatch):
+    """Rows in two to eight blocks of 8, an odd and an even number, with padding anywhere or among
+    the first alone, where later blocks need no mask."""
     monkeypatch.setattr(attention, "ROWS", 8)
     draw = np.random.default_rng(rows)
     q, k, v = (draw.standard_normal((2, h, rows, 8)).astype(np.float32) for h in (6, 3, 3))
-    pos = np.where(draw.random((2, rows)) < 0.2, -1, 5 + np.arange(rows)).astype(np.int32)
+    gone = (draw.random((2, rows)) < 0.2) & (np.arange(rows) < padded)
+    pos = np.where(gone, -1, 5 + np.arange(rows)).astype(np.int32)
     ok = np.broadcast_to((pos >= 0)[:, None, :], (2, rows, rows))
     given = draw.random((2, rows, rows)) < 0.5
     if mask == "tree":
