@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.attention import received
-from kvjax.cache.buffer import FEW, put_rows
+from kvjax.cache.buffer import FEW, after, put_rows
 from kvjax.cache.probe import WEIGHTS, Running, Weights, cosine, flatness, row_weights
 from kvjax.cache.readers import Reader
 from kvjax.cache.ring import Window
@@ -166,8 +166,9 @@ class BestBlocks(Reader):
         index = self._ask(index, window.left(seen) // self.page, context)
         old = index.received + self._received(held, context)
         new = self._received(rows, context)
-        after = seen + rows.count
-        first, last = window.left(seen) // self.page, window.left(after) // self.page
+        seen = after(seen, index.samples)  # keys are read by then, and can be written in place
+        total = seen + rows.count
+        first, last = window.left(seen) // self.page, window.left(total) // self.page
         span = window.leaving(rows.size) // self.page
         number = first[..., None] + jnp.arange(span, dtype=jnp.int32)
         number = jnp.where(number < last[..., None], number, -1)
@@ -183,7 +184,7 @@ class BestBlocks(Reader):
             keys = jax.lax.cond(jnp.any(number >= 0), close, lambda keys: keys, index.keys)
         else:
             keys = close(index.keys)
-        kept = window.write(old, new, seen, after - seen)
+        kept = window.write(old, new, seen, total - seen)
         return dataclasses.replace(index, keys=keys, received=kept)
 
     def _stand_for(self, k: Array, got: Array) -> Array:

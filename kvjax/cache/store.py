@@ -99,6 +99,12 @@ class Store(Stage):
         return self.reader is not None and self.reader.observes
 
     @property
+    def light(self) -> bool:
+        # A reader that watches every commit reads all of its index anyway; asking first, whether a
+        # token comes, would put everything held through one more branch.
+        return self.reader is not None and self.reader.watches
+
+    @property
     def unrotated(self) -> bool:
         return self.rope == "before"
 
