@@ -26,7 +26,7 @@ def test_probe(tiny, tmp_path):
     names = ["activation", "largest", "mean", "random"]
     names += ["activation, where keys stand", "everything, where keys stand"]
     assert [row["case"] for row in rows] == [f"{name}, window of 20" for name in names]
-    assert rows[-1]["recall"] == 1 and rows[-2]["recall"] == rows[0]["recall"]
+    assert rows[-1]["recall"] == 1
     for row in rows:
         assert len(row["recall_of_layers"]) == 2 and 0 <= row["recall"] <= row["best_layer"] <= 1
         assert (
