@@ -35,6 +35,7 @@ from kvjax.compress import parse
 from kvjax.compress.vidkv import SALIENCE
 from kvjax.decode import extend, generate, positions_of, repeat_words, score
 from kvjax.evaluate import agreement, first_right, load_text, needles, samples
+from kvjax.evaluate.tasks.needle import QUESTION
 from kvjax.models import load
 
 METHODS = (
@@ -53,6 +54,7 @@ flags.DEFINE_integer("continuation", 256, "Tokens scored after it.", lower_bound
 flags.DEFINE_list("offsets", ["1000", "21000", "41000", "61000"], "First token of each sample.")
 flags.DEFINE_integer("needles", 8, "Needle prompts per length; 0: none.", lower_bound=0)
 flags.DEFINE_list("needle_lengths", ["1024", "2048"], "Tokens per needle prompt.")
+flags.DEFINE_string("needle_question", "", "How needles are asked for; empty: the usual way.")
 flags.DEFINE_list(
     "needle_modes",
     ["aware", "agnostic"],
@@ -94,12 +96,12 @@ COLUMNS = {
 # What a run is: a folder of results belongs to one value of all these.
 SETTINGS = (
     "model", "text", "context", "continuation", "offsets", "needles", "needle_lengths",
-    "needle_modes", "rounds", "seed", "dtype",
+    "needle_modes", "needle_question", "rounds", "seed", "dtype",
 )  # fmt: skip
 OTHERS = ("methods", "out", "compile_cache", "mesh", "calibration")
 SEGMENT = 32  # tokens per scoring call, also the unit of timing
 ANSWER = 8  # tokens decoded per needle
-QUESTION = 32  # last tokens of a prompt, which say what is salient to methods that ask for it
+ASKING = 32  # last tokens of a prompt, which say what is salient to methods that ask for it
 
 
 class Job:
@@ -133,7 +135,12 @@ class Job:
             for length in settings["needle_lengths"]
             if settings["needles"]
             for needle in needles(
-                text, self.tokenizer, length, settings["needles"], settings["seed"]
+                text,
+                self.tokenizer,
+                length,
+                settings["needles"],
+                settings["seed"],
+                question=settings["needle_question"] or QUESTION,
             )
         ]
         # Prompts of one length make one batch.
@@ -207,7 +214,7 @@ class Job:
     ) -> Any:
         given = self.constants[label]
         if SALIENCE in chain.columns:
-            exact = with_salience(self.model, exact, QUESTION)
+            exact = with_salience(self.model, exact, ASKING)
         return compressed(
             self.model, exact, chain, room, self.dtype, timed, self.layout, given, self.words
         )

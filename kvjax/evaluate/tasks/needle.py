@@ -112,14 +112,16 @@ TASKS = (
     Task("passkey", _passkey, 10, 1, r"\d+"),
 )
 
-# Wording matters to a small model: this form lets dense SmolLM2-135M find at least 5 of 6.
+# Wording matters to a small model: of 12 in 4,096 tokens dense SmolLM2-135M finds 10 when asked in
+# this way, 8 when the text goes on with "\nThe magic number is".
 FACT = "\nThe magic number is {number}. Remember it: the magic number is {number}.\n"
-QUESTION = "\nThe magic number is"
+QUESTION = "\n\nQuestion: What is the magic number?\nAnswer: The magic number is"
 
 
 def needles(
-    text: str, tokenizer: Tokenizer, length: int, count: int, seed: int = 0, new_tokens: int = 8
-) -> list[Sample]:
+    text: str, tokenizer: Tokenizer, length: int, count: int, seed: int = 0, new_tokens: int = 8,
+    question: str = QUESTION,
+) -> list[Sample]:  # fmt: skip
     """Contexts of exactly `length` tokens, each with a five-digit number at its own depth.
 
     Depths are spread evenly over (0, 1); every prompt uses another part of the text. The question
@@ -127,7 +129,7 @@ def needles(
     """
     random = np.random.default_rng(seed)
     ids = tokenizer.encode(text, special=False)
-    question = tuple(tokenizer.encode(QUESTION, special=False))
+    asked = tuple(tokenizer.encode(question, special=False))
     if len(ids) < 2 * length:
         raise ValueError(f"the text has {len(ids)} tokens: needles of {length} need twice as many")
     found = []
@@ -146,6 +148,6 @@ def needles(
         first, last = tokens_at(code.offsets, digits, digits + len(number))
         span = (at + first, at + last)
         found.append(
-            Sample("needles", tuple(body), question, (number,), new_tokens, (span,), 0.0, r"\d+")
+            Sample("needles", tuple(body), asked, (number,), new_tokens, (span,), 0.0, r"\d+")
         )
     return found
