@@ -49,8 +49,8 @@ def ends_in(*endings: str, name: str = "ends") -> Ends:
     The list of such tokens is a constant of the cache, bool [1, V]: see
     `kvjax.decode.token_lists`.
 
-    >>> ends_in(".", "?").listed(["why?", "e.g", '."', '". '])[0].tolist()
-    [True, False, False, False]
+    >>> ends_in(".", "?").listed(["why?", "e.g", '."', ". "])[0].tolist()
+    [True, False, False, True]
     """
     if not endings or not all(endings):
         raise ValueError(f"ends_in{endings}: expected endings of at least one character each")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from kvjax.cache import Chain, Store, attending, chain, groups, in_chunks, levels, store
+from kvjax.compress.common import size
 
 
 def video_xl_2(
@@ -73,6 +74,7 @@ def video_xl_2(
     >>> [type(stage).__name__ for stage in video_xl_2().stages]
     ['Attending', 'Levels', 'Store']
     """
+    _, keep = size("video_xl_2", keep, None, default=1.0)
     storage = chain(store() if storage is None else storage)
     own = groups(length, carriers, prefix)
     rule = in_chunks(own, chunk, previous, carry)

@@ -346,6 +346,7 @@ def one_row(cache, at, x):
     return forward(model(), None, at, cache, embeddings=x, statistics=True, logits="none")[1]
 
 
+@pytest.mark.slow
 def test_a_look_at_what_is_read():
     _, cache = harness.base(SETTINGS["actqkv, layers alike"])
     found = reads(cache, one_row(cache, cache.length[:, None], jnp.asarray(harness.rows()[:, :1])))

@@ -99,6 +99,7 @@ def test_calibration_leaves_complete_folders(calibrated):
     assert about["method"] == "kvquant(bits=2)" and about["samples"] == 4
 
 
+@pytest.mark.slow
 def test_compress_finds_constants_or_says_how_to_make_them(calibrated, tiny, tmp_path):
     how = (f"--model={tiny}", f"--text={tiny}/text.txt", "--context=64", "--continuation=16",
            "--offsets=10", "--needles=0", "--rounds=1", f"--calibration={calibrated}")  # fmt: skip

@@ -48,6 +48,7 @@ def test_rows_by_layer(tiny, tmp_path):
     assert (tmp_path / "rows.png").stat().st_size > 1000 and "rows.png" in out
 
 
+@pytest.mark.slow
 def test_documents_in_place_of_images(tiny, tmp_path):
     run(
         KINDS, f"--model={tiny}", f"--text={tiny}/text.txt", f"--out={tmp_path}", "--document=64",

@@ -22,6 +22,7 @@ p.main(p.FLAGS(["shared_prefix", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_shared_prefix(tiny, tmp_path):
     run(
         PROGRAM, f"--model={tiny}", f"--out={tmp_path}", "--batch=4", "--shared=64,192",

@@ -125,6 +125,7 @@ def test_near_ties_are_told_from_differences(found):
     assert json.loads(found[2].splitlines()[-1])["counts"] == [[1, 0], [1, 1]]
 
 
+@pytest.mark.slow
 def test_questions_go_through_the_chat_template(tiny, tmp_path):
     chatty, file = tmp_path / "chatty", tmp_path / "questions.jsonl"
     shutil.copytree(tiny, chatty)

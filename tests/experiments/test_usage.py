@@ -50,7 +50,7 @@ CASES = {
     "needle longer than its prompt": (["--needle_lengths=20"], ["needle length 20", "alone has"]),
     "text too short for needles": (["--needle_lengths=9000"], ["9000", "twice as many"]),
     "method and needle length": (
-        ["--context=512", "--methods=snapkv(keep=0.125)"], ["keep=0.125", "prompt of 1"],
+        ["--context=512", "--methods=snapkv(keep=0.125)"], ["keep=0.125", "prompt of 211"],
     ),
     "no such text": (["--text=nowhere.txt"], ["nowhere.txt", "no such file"]),
     "no such config": (["--config=nowhere.py"], ["nowhere.py"]),
