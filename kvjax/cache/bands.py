@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvjax.cache.attention import dot_keys, dot_values
+from kvjax.cache.attention import add_keys, divided, dot_keys, from_blocks
 from kvjax.cache.types import Partial, Query, pytree
 
 FAR = jnp.iinfo(jnp.int32).max
@@ -133,7 +133,7 @@ def attend_bands(query: Query, k: Array, v: Array, seen: Bands) -> Partial:
     q, k, v = (jnp.take_along_axis(x, at, 2) for x in (query.q, k, v))
 
     def add(done: Partial, q: Array, i: Any, j: Any) -> Partial:
-        """`merge` with the attention to keys from j on; `out` is not divided by `sum` yet."""
+        """`add_keys` of those from j on."""
         kj, vj = (jax.lax.dynamic_slice_in_dim(x, j, size, 2) for x in (k, v))
         ok = seen.allowed(i, j, size, size)
         if query.window:
@@ -141,11 +141,7 @@ def attend_bands(query: Query, k: Array, v: Array, seen: Bands) -> Partial:
             ok &= row[:, :, None] - key[:, None, :] < query.span
         ok = jnp.tile(ok[:, None], (1, 1, groups, 1))
         logits = jnp.where(ok, query.cap(dot_keys(q, kj)), -jnp.inf)
-        top = jnp.maximum(done.max, jax.lax.stop_gradient(jnp.max(logits, -1)))
-        safe = jnp.where(jnp.isneginf(top), 0.0, top)
-        weights, kept = jnp.exp(logits - safe[..., None]), jnp.exp(done.max - safe)
-        out = done.out * kept[..., None] + dot_values(weights, vj)
-        return Partial(out, top, done.sum * kept + jnp.sum(weights, -1))
+        return add_keys(done, logits, vj)
 
     def row_block(i: Array) -> Partial:
         own = query.grouped(jax.lax.dynamic_slice_in_dim(q, i * size, size, 2), heads)
@@ -157,18 +153,14 @@ def attend_bands(query: Query, k: Array, v: Array, seen: Bands) -> Partial:
             done = jax.lax.scan(lambda c, n: (step(n, c), None), done, jnp.arange(count))[0]
         else:
             done = jax.lax.fori_loop(0, jnp.sum(needed), step, done)
-        whole = jnp.where(done.sum > 0, done.sum, 1.0)
-        return Partial(done.out / whole[..., None], done.max, done.sum)
+        return divided(done)
 
     done = jax.lax.map(row_block, jnp.arange(count))
     # Back to the rows' own order; padding at the end of the order is dropped.
     place = jnp.argsort(seen.order[:, :time], axis=1)[:, None]
 
     def rows(x: Array) -> Array:
-        """[blocks, B, H, G * size, ...] -> [B, Hq, T, ...]."""
-        x = x.reshape(count, x.shape[1], heads, groups, size, *x.shape[4:])
-        x = jnp.moveaxis(x, 0, 3)
-        x = x.reshape(x.shape[0], heads * groups, count * size, *x.shape[5:])
+        x = from_blocks(x, groups)
         return jnp.take_along_axis(x, place.reshape(place.shape + (1,) * (x.ndim - 3)), 2)
 
     return jax.tree.map(rows, done)
