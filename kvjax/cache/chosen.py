@@ -9,15 +9,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
+from kvjax.cache.passing import Around
 from kvjax.cache.scores import Score, rank
 from kvjax.cache.share import Share, tokens_of
-from kvjax.cache.stage import FOREVER, Column, Commit, Stage, Statistic
+from kvjax.cache.stage import FOREVER, Column, Commit, Statistic
 from kvjax.cache.store import Store, Stored, store
 from kvjax.cache.types import KV, Partial, Query, Spec
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen(Stage):
+class Chosen(Around):
     """See `chosen`."""
 
     n: int | Share
@@ -38,10 +39,6 @@ class Chosen(Stage):
         return False
 
     @property
-    def unrotated(self) -> bool:
-        return self.inner.unrotated
-
-    @property
     def columns(self) -> tuple[Column, ...]:
         return () if self.score is None else self.score.columns
 
@@ -49,9 +46,6 @@ class Chosen(Stage):
     def statistics(self) -> tuple[Statistic, ...]:
         own = () if self.score is None else self.score.statistics
         return (*own, *self.inner.statistics)
-
-    def constants(self, width: int) -> tuple[str, ...]:
-        return self.inner.constants(width)
 
     def _most(self, spec: Spec) -> int:
         """Tokens per head that a full prompt leaves here, in whole units of the store."""
@@ -66,9 +60,7 @@ class Chosen(Stage):
         if spec.totals is not None:
             raise ValueError("chosen(...) needs heads of equal budget, not a ragged one")
         most = self._most(spec)
-        brief = {c.name for c in self.columns if not c.lasting}
-        columns = tuple(name for name in spec.columns if name not in brief)
-        inner = self._split(spec).replace(max_length=most, prompt=most, columns=columns)
+        inner = self._split(spec).replace(max_length=most, prompt=most, columns=self.lasting(spec))
         return self.inner.init(inner, whole=True)
 
     def downstream(self, spec: Spec) -> Spec:
@@ -84,7 +76,7 @@ class Chosen(Stage):
     ) -> tuple[Partial | None, Any]:
         if state.spec.max_length == 0:
             return None, carry
-        return self.inner.attend(state, layer, query, carry)
+        return super().attend(state, layer, query, carry)
 
     def commit(self, state: Stored, kv: KV, context: Commit) -> tuple[Stored, KV]:
         most = state.spec.max_length
@@ -107,12 +99,6 @@ class Chosen(Stage):
         state, _ = self.inner.commit(state, buffer.head(stay, most), context)
         over, _ = buffer.compact(kv, ~wins & (kv.pos >= 0))
         return state, over
-
-    def held(self, state: Stored) -> Array:
-        return self.inner.held(state)
-
-    def tokens(self, state: Stored) -> Array:
-        return self.inner.tokens(state)
 
     def horizon(self, state: Stored) -> tuple[Array, bool]:
         return jnp.full(state.seen.shape[1:2], FOREVER), False

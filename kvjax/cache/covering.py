@@ -11,10 +11,9 @@ from jax import Array
 
 from kvjax.cache.attention import dot_keys
 from kvjax.cache.rule import Choice, Rule
+from kvjax.cache.scores import draws
 from kvjax.cache.stage import LayerMark
 from kvjax.cache.types import Query
-
-FAR = jnp.iinfo(jnp.int32).max
 
 
 def fewest(value: Array, cover: float) -> Array:
@@ -63,17 +62,11 @@ class Covering(Rule):
 
     def probes(self, layer: Array, pos: Array) -> tuple[Array, Array]:
         """Rows that ask: indices int32 [B, P], and whether there is such a row, bool [B, P]."""
-        valid, time = pos >= 0, pos.shape[1]
-        place = jnp.argsort(jnp.argsort(jnp.where(valid, pos, FAR), axis=1), axis=1)
-        newest = valid & (place >= jnp.sum(valid, 1, keepdims=True) - self.recent)
-        key = jax.random.fold_in(jax.random.key(self.seed), layer)
-
-        def draw(pos: Array) -> Array:
-            return jax.random.uniform(jax.random.fold_in(key, pos))
-
-        luck = jnp.where(valid & ~newest, jnp.vectorize(draw)(pos), -1.0)
+        time = pos.shape[1]
+        late, newest = jax.lax.top_k(pos, min(self.recent, time))
+        others = (pos >= 0) & (pos < late[:, -1:])
+        luck = jnp.where(others, draws(self.seed, layer, pos), -1.0)
         lucky, some = jax.lax.top_k(luck, min(self.drawn, time))
-        late, newest = jax.lax.top_k(jnp.where(newest, pos, -1), min(self.recent, time))
         there = jnp.concatenate([late >= 0, lucky >= 0], 1)
         return jnp.concatenate([newest, some], 1).astype(jnp.int32), there
 
@@ -108,11 +101,10 @@ class Covering(Rule):
             number = jnp.ceil(self.ratio * length).astype(jnp.int32)
         number = jnp.clip(number, jnp.minimum(self.last, length), length)
         value = got / jnp.maximum(seers, 1.0)
-        place = jnp.argsort(jnp.argsort(jnp.where(valid, query.pos, FAR), axis=1), axis=1)
-        late = place >= (length - self.last)[:, None]
-        worth = jnp.where(late, jnp.inf, value)
+        last = jax.lax.top_k(query.pos, min(self.last, valid.shape[1]))[0][:, -1:]
+        worth = jnp.where(query.pos >= last, jnp.inf, value)
         # Among equals the lower position wins: order by position first, then by worth.
-        order = jnp.lexsort((place, jnp.where(valid, -worth, jnp.inf)))
+        order = jnp.lexsort((query.pos, jnp.where(valid, -worth, jnp.inf)))
         rows = valid & (jnp.argsort(order, axis=1) < number[:, None])
         columns = {self.name: jnp.where(rows, value, -jnp.inf)}
         if self.all_ask:

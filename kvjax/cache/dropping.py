@@ -12,6 +12,7 @@ from jax import Array
 
 from kvjax.cache.attention import dot_keys
 from kvjax.cache.rule import Choice, Rule
+from kvjax.cache.scores import draws
 from kvjax.cache.stage import LayerMark, Mark
 from kvjax.cache.types import Partial, Query
 
@@ -141,9 +142,7 @@ class Dropping(Rule):
         share = jnp.asarray(self.shares)[jnp.argmax(layer == jnp.asarray(self.layers))]
         number = jnp.ceil(share * jnp.sum(kind, 1)).astype(jnp.int32)
         if self.seed is not None:
-            base = jax.random.key(self.seed)
-            draw = lambda pos: jax.random.uniform(jax.random.fold_in(base, pos))  # noqa: E731
-            got = jnp.vectorize(draw)(pos)
+            got = draws(self.seed, pos)
         got = jnp.where(judged, jnp.where(key, jnp.inf, got), -jnp.inf)
         order = jnp.lexsort((pos, -got))
         return jnp.argsort(order, axis=1) >= number[:, None]

@@ -8,12 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from kvjax.cache.passing import Around
 from kvjax.cache.stage import Column, Commit, Stage
-from kvjax.cache.types import KV, Query, Spec
+from kvjax.cache.types import KV, Spec
 
 
 @dataclasses.dataclass(frozen=True)
-class Later(Stage):
+class Later(Around):
     """See `later`."""
 
     inner: Stage
@@ -38,13 +39,6 @@ class Later(Stage):
     def columns(self) -> tuple[Column, ...]:
         return self.inner.columns
 
-    @property
-    def unrotated(self) -> bool:
-        return self.inner.unrotated
-
-    def constants(self, width: int) -> tuple[str, ...]:
-        return self.inner.constants(width)
-
     def _own(self, spec: Spec) -> Spec:
         return spec.replace(max_length=max(spec.max_length - spec.prompt, 1), prompt=0)
 
@@ -60,9 +54,6 @@ class Later(Stage):
     def start(self, state: Any, pos: Array) -> Any:
         return self.inner.start(state, pos)
 
-    def attend(self, state: Any, layer: Array, query: Query, carry: Any) -> Any:
-        return self.inner.attend(state, layer, query, carry)
-
     def commit(self, state: Any, kv: KV, context: Commit) -> tuple[Any, KV]:
         if context.phase == "prefill":
             return state, kv
@@ -76,12 +67,6 @@ class Later(Stage):
 
     def observe(self, state: Any, columns: tuple[Column, ...], context: Commit) -> Any:
         return self.inner.observe(state, columns, context)
-
-    def held(self, state: Any) -> Array:
-        return self.inner.held(state)
-
-    def tokens(self, state: Any) -> Array | int:
-        return self.inner.tokens(state)
 
     def horizon(self, state: Any) -> tuple[Array, bool]:
         return self.inner.horizon(state)

@@ -15,18 +15,18 @@ from kvjax.cache.cache import Cache
 from kvjax.cache.chain import Pending
 from kvjax.cache.groups import Grouped, Groups
 from kvjax.cache.mixing import POSITIONS, blocks_of, dense_blocks, mix, sources
-from kvjax.cache.prune import Stateless
+from kvjax.cache.passing import Passing, Stateless
 from kvjax.cache.scores import LastRows
 from kvjax.cache.share import as_fraction
-from kvjax.cache.stage import FOREVER, Carried, Column, Commit, Stage, Statistic
-from kvjax.cache.types import KV, New, Observation, Query, Rope, Spec, rotate
+from kvjax.cache.stage import Carried, Column, Commit, Statistic
+from kvjax.cache.types import KV, New, Observation, Rope, Spec, rotate
 
 RELEVANCE = "relevance"
 SCORERS = ("attention", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
-class Levels(Stage):
+class Levels(Passing):
     """See `levels`."""
 
     groups: Groups
@@ -80,7 +80,7 @@ class Levels(Stage):
                 "levels(...): layers and heads hold the same tokens here; let it stand before "
                 "stages by which they differ"
             )
-        return Stateless(spec)
+        return super().init(spec)
 
     def downstream(self, spec: Spec) -> Spec:
         spec = spec.replace(unrotated=spec.unrotated and not self.turn)
@@ -88,9 +88,6 @@ class Levels(Stage):
             return spec
         room = self._room(spec)
         return spec.replace(prompt=room, max_length=room + spec.max_length - spec.prompt)
-
-    def attend(self, state: Stateless, layer: Array, query: Query, carry: Any) -> tuple[None, Any]:
-        return None, carry
 
     def _turned(self, kv: KV, context: Commit) -> KV:
         return dataclasses.replace(kv, k=context.rotated(kv, True)) if self.turn else kv
@@ -162,12 +159,6 @@ class Levels(Stage):
         sums = jnp.zeros((2, own.shape[0], number))
         sums = sums.at[:, row, at].add(jnp.stack([score, jnp.ones_like(score)]), mode="drop")
         return sums[0] / jnp.maximum(sums[1], 1.0)
-
-    def held(self, state: Stateless) -> Array:
-        return jnp.zeros((state.spec.batch,), jnp.int32)
-
-    def horizon(self, state: Stateless) -> tuple[Array, bool]:
-        return jnp.full((state.spec.batch,), FOREVER), False
 
 
 def blocks_in(tokens: int, block: int) -> int:
@@ -248,7 +239,6 @@ def relevance(cache: Cache, new: New, by: str | None = None) -> Array:
     Raises:
       ValueError: there is no such stage, or it was finished.
     """
-    found = []
     for n in cache.chains:
         state = cache.state[n]
         stage = next((s for s in cache.transforms[n].stages if isinstance(s, Levels)), None)
@@ -259,12 +249,8 @@ def relevance(cache: Cache, new: New, by: str | None = None) -> Array:
         seen = new.seen
         rows = Observation(seen.q[at], seen.max[at], seen.sum[at], seen.pos, seen.span[at])
         grouped = stage.grouped(state.kv)
-        found.append(
-            stage.worth(state.kv, grouped, rows, cache.constants["rope"][at], cache.softcap)
-        )
-    if not found:
-        raise ValueError("relevance: this cache has no stage `levels` whose prompt is unfinished")
-    return found[0]
+        return stage.worth(state.kv, grouped, rows, cache.constants["rope"][at], cache.softcap)
+    raise ValueError("relevance: this cache has no stage `levels` whose prompt is unfinished")
 
 
 def named(units: Any, each: int = 1, blocks: int | None = None) -> Array:

@@ -13,22 +13,16 @@ from jax import Array
 from kvjax.cache import buffer
 from kvjax.cache.absorb import WORTH, Absorb
 from kvjax.cache.budgets import Budget, uniform
+from kvjax.cache.passing import Passing, Stateless
 from kvjax.cache.scores import Score, rank
-from kvjax.cache.stage import FOREVER, Carried, Column, Commit, Stage, Statistic
-from kvjax.cache.types import KV, Query, Spec, pytree
+from kvjax.cache.stage import Carried, Column, Commit, Statistic
+from kvjax.cache.types import KV, Spec
 
 UNIFORM = uniform()
 
 
-@pytree("spec")
-class Stateless:
-    """A state without arrays."""
-
-    spec: Spec
-
-
 @dataclasses.dataclass(frozen=True)
-class Prune(Stage):
+class Prune(Passing):
     """See `prune`."""
 
     score: Score
@@ -79,7 +73,7 @@ class Prune(Stage):
                 f"{self.score} always keeps {min(always, spec.prompt)}: keep more, or give the "
                 "score fewer such tokens"
             )
-        return Stateless(spec)
+        return super().init(spec)
 
     def downstream(self, spec: Spec) -> Spec | None:
         each = self._layers(spec)
@@ -96,9 +90,6 @@ class Prune(Stage):
             per_head=split.per_head or apart,
             totals=((sum(totals),) if self.budget.shared else totals) if ragged else spec.totals,
         )
-
-    def attend(self, state: Any, layer: Array, query: Query, carry: Any) -> tuple[None, Any]:
-        return None, carry
 
     def commit(self, state: Any, kv: KV, context: Commit) -> tuple[Any, KV]:
         spec = state.spec
@@ -129,12 +120,6 @@ class Prune(Stage):
         kept, _, _ = self.absorb(kept, lost, self.absorb.init(spec))
         kept.extra.pop(WORTH, None)
         return state, kept
-
-    def held(self, state: Any) -> Array:
-        return jnp.zeros((state.spec.batch,), jnp.int32)
-
-    def horizon(self, state: Any) -> tuple[Array, bool]:
-        return jnp.full((state.spec.batch,), FOREVER), False
 
 
 def prune(

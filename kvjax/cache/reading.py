@@ -68,8 +68,8 @@ def attend_read(
     Partial. With what the reader carries from layer to layer."""
     index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
     whole = store.reader.reads_whole(index, query)
-    chosen = lambda: attend_chosen(  # noqa: E731
-        store, state, layer, query, q, rows, carry, coded, part
+    chosen = lambda: _attend_chosen(  # noqa: E731
+        store, state, index, layer, query, q, rows, carry, coded, part
     )
     if whole is None:
         return chosen()
@@ -82,14 +82,13 @@ def attend_read(
     return jax.lax.cond(jnp.any(whole), apart, chosen)
 
 
-def attend_chosen(
-    store: Any, state: Stored, layer: Array, query: Query, q: Array, rows: Array, carry: Any,
-    coded: Array, part: Any,
+def _attend_chosen(
+    store: Any, state: Stored, index: Any, layer: Array, query: Query, q: Array, rows: Array,
+    carry: Any, coded: Array, part: Any,
 ) -> tuple[Partial, Any]:  # fmt: skip
     """In two phases: the reader names pages, and only those are gathered and decoded."""
     page = store.reader.page
     base = query.base(slots := state.pos.shape[-1])
-    index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
     given = {name: per_layer(query.constants[name], layer) for name in store.reader.constants}
     chosen, carry = store.reader.choose(index, layer, query, q, coded // page, carry, given)
     batch, heads, group = q.shape[:3]

@@ -8,6 +8,7 @@ acts once the prompt is complete), or the tokens alone (`streaming`: the same at
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -406,17 +407,23 @@ class Random(Score):
         layers, _, heads = kv.k.shape[:3]
         lane = jnp.arange(layers)[:, None, None, None] * heads + jnp.arange(heads)[:, None]
 
-        def draw(lane: Array, pos: Array) -> Array:
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), lane), pos)
-            return jax.random.uniform(key)
-
         shape = kv.k.shape[:4]
-        return jnp.vectorize(draw)(jnp.broadcast_to(lane, shape), jnp.broadcast_to(kv.pos, shape))
+        return draws(self.seed, jnp.broadcast_to(lane, shape), jnp.broadcast_to(kv.pos, shape))
 
 
 def random(seed: int = 0) -> Score:
     """Uniform in [0, 1), a function of seed, layer, head and position alone."""
     return Random(seed)
+
+
+def draws(seed: int, *numbers: Array) -> Array:
+    """Uniform in [0, 1), each a function of the seed and of its own integers alone."""
+
+    def one(*numbers: Array) -> Array:
+        return jax.random.uniform(functools.reduce(jax.random.fold_in, numbers, key))
+
+    key = jax.random.key(seed)
+    return jnp.vectorize(one)(*numbers)
 
 
 def rank(score: Any, kv: KV) -> Array:

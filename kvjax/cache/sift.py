@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.covering import fewest
+from kvjax.cache.passing import Around
 from kvjax.cache.scores import Score, rank
 from kvjax.cache.share import as_fraction
-from kvjax.cache.stage import Column, Commit, Mark, Stage, Statistic
+from kvjax.cache.stage import Column, Commit, Mark, Statistic
 from kvjax.cache.store import Store, Stored, store
-from kvjax.cache.types import KV, Partial, Query, Spec
+from kvjax.cache.types import KV, Spec
 
 
 @dataclasses.dataclass(frozen=True)
-class Sift(Stage):
+class Sift(Around):
     """See `sift`."""
 
     mark: Mark
@@ -44,19 +44,12 @@ class Sift(Stage):
         return False
 
     @property
-    def unrotated(self) -> bool:
-        return self.inner.unrotated
-
-    @property
     def columns(self) -> tuple[Column, ...]:
         return (self.mark, *(() if self.later is None else self.later.columns))
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         return self.inner.statistics
-
-    def constants(self, width: int) -> tuple[str, ...]:
-        return self.inner.constants(width)
 
     def _apart(self, spec: Spec) -> Spec:
         return spec.replace(per_layer=True)
@@ -68,48 +61,33 @@ class Sift(Stage):
     def init(self, spec: Spec) -> Stored:
         if spec.totals is not None:
             raise ValueError("sift(...) needs heads of equal budget, not a ragged one")
-        brief = {c.name for c in self.columns if not c.lasting}
-        columns = tuple(name for name in spec.columns if name not in brief)
         room = self._room(spec)
-        own = self._apart(spec).replace(max_length=room, columns=columns)
+        own = self._apart(spec).replace(max_length=room, columns=self.lasting(spec))
         return self.inner.init(own.replace(prompt=min(spec.prompt, room)))
 
     def downstream(self, spec: Spec) -> Spec:
         return self._apart(spec)
-
-    def attend(
-        self, state: Stored, layer: Array, query: Query, carry: Any
-    ) -> tuple[Partial | None, Any]:
-        return self.inner.attend(state, layer, query, carry)
 
     def commit(self, state: Stored, kv: KV, context: Commit) -> tuple[Stored, KV]:
         there = kv.pos >= 0
         if context.phase == "prefill":
             worth = buffer.column(kv, self.mark.name)[:, :, :1]
             passed = there & (worth > -jnp.inf)
+            place = jnp.argsort(rank(worth, kv), -1)
         elif self.later is None:
             return state, kv
         else:
-            worth = self.later(kv, context, state.spec.unrotated)
-            worth = jnp.where(there, worth, 0.0)
-            number = fewest(worth, self.cover)
+            worth = jnp.where(there, self.later(kv, context, state.spec.unrotated), 0.0)
             place = jnp.argsort(rank(worth, kv), -1)
-            passed = there & ((self.cover == 1) | (place < number[..., None]))
-        worth = jnp.where(passed, worth, -jnp.inf)
-        place = jnp.argsort(rank(worth, kv), -1)
+            number = fewest(worth, self.cover)[..., None]
+            passed = there & ((self.cover == 1) | (place < number))
         room = state.spec.max_length - state.seen
-        wins = passed & (place < room[..., None])
+        wins = passed & (place < room[..., None])  # those that pass stand first
         wins = jnp.broadcast_to(wins, (*state.spec.lead, kv.size))
         stay, _ = buffer.compact(kv, wins)
         state, _ = self.inner.commit(state, stay, context)
         over, _ = buffer.compact(kv, ~wins & there)
         return state, over
-
-    def held(self, state: Stored) -> Array:
-        return self.inner.held(state)
-
-    def tokens(self, state: Stored) -> Array:
-        return self.inner.tokens(state)
 
     def horizon(self, state: Stored) -> tuple[Array, bool]:
         return self.inner.horizon(state)[0], False

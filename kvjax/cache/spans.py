@@ -168,10 +168,8 @@ class BestSpans(Reader):
         opens = self._opens(index, value, context)
         span = index.newest[..., None] + jnp.cumsum(opens, -1)
         if context.whole:  # where they are too many, neighbours are one
-            count, most = (
-                jnp.max(jnp.where(there, span, 0), -1, keepdims=True) + 1,
-                size - index.later,
-            )
+            count = jnp.max(jnp.where(there, span, 0), -1, keepdims=True) + 1
+            most = size - index.later
             span = jnp.where(count > most, span * most // count, span)
         span = jnp.minimum(span, size - 1)
         at = jnp.where(there, span, size)
