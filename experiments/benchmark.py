@@ -395,7 +395,7 @@ def main(argv: list[str]) -> None:
         results = common.Results(FLAGS.out, settings, key="case")
     except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from None
-    model, tokenizer = load(FLAGS.model)
+    model, tokenizer = load(FLAGS.model, tokenizer=bool(methods))
     try:
         methods = {
             label: (c, common.constants_of(FLAGS.calibration, label, c, model, tokenizer))

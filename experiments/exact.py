@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,16 +64,21 @@ def _finish(moving: Any, rest: Any) -> Any:
     return kv.apart(kv.finish(kv.together(moving, rest)))[0]
 
 
+def _clocked(run: Callable[[], Any], timed: bool) -> tuple[Any, float]:
+    """What it returns, and its seconds; those of a second run where `timed`: the first compiles."""
+    for _ in range(2 if timed else 1):
+        start = time.perf_counter()
+        out = jax.block_until_ready(run())
+        seconds = time.perf_counter() - start
+    return out, seconds
+
+
 def exact_prefill(
     model: Any, tokens: Array, timed: bool, marks: tuple = (), lengths: Array | None = None
 ) -> Exact:
     """Runs prompts [B, T], right-padded where `lengths` [B] says so."""
     positions = positions_of(tokens, lengths)
-    seconds = 0.0
-    for _ in range(2 if timed else 1):
-        start = time.perf_counter()
-        logits, new = jax.block_until_ready(_forward(model, tokens, positions, marks))
-        seconds = time.perf_counter() - start
+    (logits, new), seconds = _clocked(lambda: _forward(model, tokens, positions, marks), timed)
     return Exact(new, logits, *tokens.shape, seconds, tokens)
 
 
@@ -82,13 +88,10 @@ def under_rule(
     """The same prompts as the chain wants them computed: again, where it has a rule for that."""
     if chain.rule is None:
         return exact
-    positions, seconds = jnp.max(exact.new.kv.pos, 0)[:, 0], 0.0
-    for _ in range(2 if timed else 1):
-        start = time.perf_counter()
-        logits, new = jax.block_until_ready(
-            _forward(model, exact.tokens, positions, chain.input_marks, chain.rule, columns)
-        )
-        seconds = time.perf_counter() - start
+    given = (exact.tokens, jnp.max(exact.new.kv.pos, 0)[:, 0])
+    (logits, new), seconds = _clocked(
+        lambda: _forward(model, *given, chain.input_marks, chain.rule, columns), timed
+    )
     return dataclasses.replace(exact, new=new, logits=logits, seconds=seconds)
 
 
@@ -123,16 +126,15 @@ def compressed(
     )  # fmt: skip
     exact = with_columns(exact, kv.token_columns(cache, exact.tokens, exact.new.kv.pos[0, :, 0]))
     moving, rest = kv.apart(cache)
-    seconds = 0.0
-    for _ in range(2 if timed else 1):  # the first call compiles
-        start = time.perf_counter()
-        if chain.replays:
-            held = kv.together(_hold(moving, rest, exact.new), rest)
-            held = replay(model, held, exact.tokens, exact.new.kv.pos[0, :, 0], words)
-            out = jax.block_until_ready(_finish(*kv.apart(held)))
-        else:
-            out = jax.block_until_ready(_commit(moving, rest, exact.new))
-        seconds = time.perf_counter() - start
+
+    def run() -> Any:
+        if not chain.replays:
+            return _commit(moving, rest, exact.new)
+        held = kv.together(_hold(moving, rest, exact.new), rest)
+        held = replay(model, held, exact.tokens, exact.new.kv.pos[0, :, 0], words)
+        return _finish(*kv.apart(held))
+
+    out, seconds = _clocked(run, timed)
     return kv.together(out, rest), seconds
 
 
