@@ -21,6 +21,16 @@ def _forget_programs():
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def quickly():
+    """The jitted loops without XLA's costly passes, for modules that run each a few times."""
+    from tests.experiments.conftest import compile_quickly
+
+    with pytest.MonkeyPatch.context() as patch:
+        compile_quickly(patch, job=False)
+        yield
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file of tests runs in one process; all kernels in one: a TPU compiler serves no second."""

@@ -27,16 +27,10 @@ from kvjax.codecs import quantize
 from kvjax.decode import prefill
 from kvjax.models.decoder import forward
 from tests.compress.harness import CONFIG, held, model, quick_jit
-from tests.experiments.conftest import compile_quickly
+
+pytestmark = pytest.mark.usefixtures("quickly")
 
 T, LENGTHS = 24, (24, 15)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with pytest.MonkeyPatch.context() as patch:
-        compile_quickly(patch, job=False)
-        yield
 
 
 def filled(transform):

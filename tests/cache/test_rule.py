@@ -34,17 +34,9 @@ from kvjax.decode import prefill
 from kvjax.models import forward
 from tests.compress import plain_model
 from tests.compress.harness import CONFIG, LENGTHS, PROMPT, held, inputs, model, quick_jit
-from tests.experiments.conftest import compile_quickly
 
 pytestmark = pytest.mark.usefixtures("quickly")
 TYPE, NOTE = Mark("type"), LayerMark("note")
-
-
-@pytest.fixture(scope="module")
-def quickly():
-    with pytest.MonkeyPatch.context() as patch:
-        compile_quickly(patch, job=False)
-        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,9 @@ from kvjax.decode import extend, generate, positions_of, prefill, share
 from kvjax.models import llama
 from kvjax.models.config import Config
 from tests.compress.harness import quick_jit
-from tests.experiments.conftest import compile_quickly
 from tests.models.recurrent_zoo import CONFIGS
+
+pytestmark = pytest.mark.usefixtures("quickly")
 
 CONFIG = Config(50, 32, 48, 2, 4, 2, 8)
 B, L, HQ, H, D = 4, 2, 4, 2, 8
@@ -126,13 +127,6 @@ def test_what_rows_read(sizes, span):
 
 
 # --- through the model ---
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with pytest.MonkeyPatch.context() as patch:
-        compile_quickly(patch, job=False)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -27,20 +27,12 @@ from kvjax.decode import Words, prefill, replay
 from kvjax.models.decoder import forward
 from tests.compress.harness import CONFIG, held, model, quick_jit
 from tests.compress.reference import softmax, top
-from tests.experiments.conftest import compile_quickly
 
 pytestmark = pytest.mark.usefixtures("quickly")
 L, H, G = CONFIG.layers, CONFIG.kv_heads, CONFIG.heads // CONFIG.kv_heads
 T, LENGTHS = 23, (23, 14)
 CHUNK, HINT, SINKS = 9, 3, 2
 WORDS = Words((7, 8), (9, 10, 11), (12,))
-
-
-@pytest.fixture(scope="module")
-def quickly():
-    with pytest.MonkeyPatch.context() as patch:
-        compile_quickly(patch, job=False)
-        yield
 
 
 @functools.cache

@@ -16,17 +16,9 @@ from kvjax.decode import prefill
 from kvjax.models import forward
 from tests.compress import plain_model
 from tests.compress.harness import CONFIG, LENGTHS, PROMPT, held, inputs, model, quick_jit
-from tests.experiments.conftest import compile_quickly
 
 pytestmark = pytest.mark.usefixtures("quickly")
 LAYERS = (0, 1)  # the tiny model has two
-
-
-@pytest.fixture(scope="module")
-def quickly():
-    with pytest.MonkeyPatch.context() as patch:
-        compile_quickly(patch, job=False)
-        yield
 
 
 @functools.cache

@@ -46,7 +46,6 @@ from tests.compress.reference import (
     row,
     turn,
 )
-from tests.experiments.conftest import compile_quickly
 
 pytestmark = pytest.mark.usefixtures("quickly")
 # Two rows: prefix, groups with one or two carriers (one has text inside), a question in the first.
@@ -58,13 +57,6 @@ TYPES = np.zeros((L, B, T + STEPS))
 for b, kinds in enumerate(KINDS):
     assert len(kinds) == LENGTHS[b]
     TYPES[:, b, : len(kinds)] = kinds
-
-
-@pytest.fixture(scope="module")
-def quickly():
-    with pytest.MonkeyPatch.context() as patch:
-        compile_quickly(patch, job=False)
-        yield
 
 
 def parts(kinds):

@@ -42,18 +42,10 @@ from tests.compress.reference import (
     row,
     softmax,
 )  # fmt: skip
-from tests.experiments.conftest import compile_quickly
 
 pytestmark = pytest.mark.usefixtures("quickly")
 TAU, PROBES, DRAWN = 0.6, 4, 6
 RULE = covering(TAU, recent=PROBES, drawn=DRAWN)
-
-
-@pytest.fixture(scope="module")
-def quickly():
-    with pytest.MonkeyPatch.context() as patch:
-        compile_quickly(patch, job=False)
-        yield
 
 
 def luck(layer, n, seed=0):

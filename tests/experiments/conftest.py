@@ -86,7 +86,7 @@ def compile_quickly(patch: pytest.MonkeyPatch, job: bool = True) -> None:
     if job:
         from experiments import exact
 
-        static[exact, "_forward"] = {"static_argnames": ("marks",)}
+        static[exact, "_forward"] = {"static_argnames": ("marks", "rule")}
         static[exact, "_commit"] = static[exact, "_hold"] = static[exact, "_finish"] = {}
         static[exact, "_ask"] = {"static_argnames": ("marks",)}
     for (module, name), options in static.items():
