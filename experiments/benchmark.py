@@ -112,16 +112,26 @@ def filled(model: Model, case: Case) -> tuple[jax.Array, Any]:
     shape = (config.layers, case.batch, config.kv_heads, case.held, config.head_dim)
     pos = jnp.broadcast_to(jnp.arange(case.held), (case.batch, case.held))
     key = jax.random.key(0)
-    rows = kv.KV(jax.random.normal(key, shape), jax.random.normal(key, shape), pos[None, :, None])
+    rule = () if case.chain.rule is None else case.chain.rule.notes
+    marks = (*case.chain.input_marks, *case.chain.token_marks, *rule)
     moving, rest = kv.apart(cache)
 
     @jax.jit
-    def fill(moving: Any, rows: Any) -> Any:
-        cache = kv.commit(kv.together(moving, rest), kv.New(rows), phase="prefill")
-        return kv.apart(kv.finish(cache))[0]
+    def fill(moving: Any) -> Any:
+        flags = {m.name: jax.random.bernoulli(key, 0.05, shape[:4]) * 1.0 for m in marks}
+        k, v = jax.random.normal(key, shape), jax.random.normal(key, shape)
+        new = kv.New(kv.KV(k, v, pos[None, :, None], flags))
+        if cache.needs_attention:
+            queries = (*shape[:2], config.heads, *shape[3:])
+            one = jnp.ones(queries[:4])
+            seen = kv.Observation(
+                jax.random.normal(key, queries), one, one * case.held, pos, cache.constants["span"]
+            )
+            new = kv.New(new.kv, seen)
+        return kv.apart(kv.finish(kv.commit(kv.together(moving, rest), new, phase="prefill")))[0]
 
     logits = jnp.zeros((case.batch, config.vocab_size)).at[:, 100].set(1.0)
-    return logits, kv.together(fill(moving, rows), rest)
+    return logits, kv.together(fill(moving), rest)
 
 
 def decoder(model: Model, case: Case, tokens: int) -> Callable[[], float]:
@@ -144,11 +154,15 @@ def decoder(model: Model, case: Case, tokens: int) -> Callable[[], float]:
     return run
 
 
+def cache_bytes(model: Model, case: Case) -> int:
+    """Bytes that the filled cache of a case allocates, without filling it."""
+    return kv.nbytes(jax.eval_shape(lambda: filled(model, case)[1]))
+
+
 def read_bytes(model: Model, case: Case, tokens: int) -> int:
     """Bytes that an average step of the run must read."""
-    _, cache = filled(model, case)
     share = (case.held + tokens / 2) / case.capacity
-    return int(weights_bytes(model) + min(share, 1.0) * kv.nbytes(cache))
+    return int(weights_bytes(model) + min(share, 1.0) * cache_bytes(model, case))
 
 
 class Peer:
@@ -255,7 +269,7 @@ def capacity_part(model: Model, bandwidth: Bandwidth, results: Any) -> None:
 
 def size(model: Model, case: Case) -> dict[str, float]:
     """Bytes allocated per token of the capacity, and per value that dense would hold of it."""
-    each = kv.nbytes(filled(model, case)[1]) / case.capacity / case.batch
+    each = cache_bytes(model, case) / case.capacity / case.batch
     config = model.config
     values = 2 * config.layers * config.kv_heads * config.head_dim
     return {"bytes_per_token": each, "bits_per_value": 8 * each / values}

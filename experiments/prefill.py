@@ -24,7 +24,7 @@ from experiments import common
 from experiments.exact import compressed, exact_prefill, under_rule
 from kvjax import cache as kv
 from kvjax.cache.stage import exact as lossless
-from kvjax.cache.stored import Stored
+from kvjax.cache.stages.stored import Stored
 from kvjax.compress import parse
 from kvjax.decode import prefill, score
 from kvjax.evaluate import load_text, samples

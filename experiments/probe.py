@@ -20,7 +20,7 @@ from jax import Array
 from experiments import common
 from kvjax import cache as kv
 from kvjax.cache.look import reads
-from kvjax.cache.probe import WEIGHTS
+from kvjax.cache.readers.probe import WEIGHTS
 from kvjax.compress import actqkv
 from kvjax.decode import prefill, score
 from kvjax.evaluate import TASKS, load_text

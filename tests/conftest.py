@@ -11,6 +11,17 @@ hypothesis.settings.register_profile("quick", derandomize=True)
 hypothesis.settings.register_profile("all", print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("KVJAX_HYPOTHESIS", "quick"))
 
+# Most programs run a few times: optimising them costs more than running them.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def compile_fully():
+    """For what is about the compiled program itself, and for real models."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():

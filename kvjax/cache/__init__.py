@@ -2,14 +2,15 @@
 
 `Partial` and `merge`: attention over parts of the keys, put together. `chain`: stages in a row,
 each keeping some tokens and passing the rest on. Codecs (`kvjax.codecs`): how a token is stored.
+
+To read in this order: `types` (the values that move, `merge`), `stage` (what a stage is), `chain`,
+`cache` (`attend`, `commit`, `finish`), `init`, `stages/windows` (the plainest stages). Then what is
+of interest: `stages` that hold tokens, `scores` by which they choose, `readers` that read a
+part of what is held, `rules` of attention within a prompt, `budgets` over layers and heads.
 """
 
-from kvjax.cache.absorb import Absorb, moving, nearest
 from kvjax.cache.attention import attend_new, attend_slots, received
 from kvjax.cache.axes import logical_axes
-from kvjax.cache.bands import Bands, attend_bands, bands
-from kvjax.cache.bases import LayerBases, layer_bases
-from kvjax.cache.blocks import best_blocks
 from kvjax.cache.budgets import (
     Budget,
     adaptive,
@@ -28,7 +29,6 @@ from kvjax.cache.cache import (
     commit,
     finish,
     horizon,
-    init_cache,
     nbytes,
     start,
     together,
@@ -36,28 +36,24 @@ from kvjax.cache.cache import (
 )
 from kvjax.cache.chain import Chain, Pending, chain
 from kvjax.cache.checkpoint import restore_cache, save_cache
-from kvjax.cache.chosen import Chosen, chosen
-from kvjax.cache.chunks import in_chunks
-from kvjax.cache.cluster import cluster
-from kvjax.cache.covering import covering
-from kvjax.cache.dropping import dropping
-from kvjax.cache.expected import expected_attention
-from kvjax.cache.fit import Fit
-from kvjax.cache.groups import Groups, groups
-from kvjax.cache.heavy import Growth, growth, heavy
-from kvjax.cache.importance import global_local, protect
-from kvjax.cache.later import later
-from kvjax.cache.levels import Levels, levels, named, relevance
+from kvjax.cache.init import init_cache
 from kvjax.cache.marks import token_columns
-from kvjax.cache.prefix import prefix
-from kvjax.cache.prune import prune
-from kvjax.cache.readers import Reader, best_pages, best_tokens
+from kvjax.cache.readers.blocks import best_blocks
+from kvjax.cache.readers.reader import Reader, best_pages, best_tokens
+from kvjax.cache.readers.spans import best_spans, ends_every, ends_in
 from kvjax.cache.recurrent import Recurrence, previous
-from kvjax.cache.replay import replayed, replayed_attention
 from kvjax.cache.ring import Window
 from kvjax.cache.rotary import rope_of, span_of
 from kvjax.cache.rule import Choice, Rule, attending
-from kvjax.cache.scores import (
+from kvjax.cache.rules.bands import Bands, attend_bands, bands
+from kvjax.cache.rules.chunks import in_chunks
+from kvjax.cache.rules.covering import covering
+from kvjax.cache.rules.dropping import dropping
+from kvjax.cache.rules.groups import Groups, groups
+from kvjax.cache.scores.expected import expected_attention
+from kvjax.cache.scores.importance import global_local, protect
+from kvjax.cache.scores.replay import replayed, replayed_attention
+from kvjax.cache.scores.score import (
     Score,
     accumulated_attention,
     key_difference,
@@ -69,8 +65,6 @@ from kvjax.cache.scores import (
     window_attention,
 )
 from kvjax.cache.share import Share, share
-from kvjax.cache.sift import sift
-from kvjax.cache.spans import best_spans, ends_every, ends_in
 from kvjax.cache.stage import (
     Carried,
     Column,
@@ -83,8 +77,19 @@ from kvjax.cache.stage import (
     Statistic,
     TokenMark,
 )
-from kvjax.cache.stages import by_position, first, recent
-from kvjax.cache.store import Store, store
+from kvjax.cache.stages.absorb import Absorb, moving, nearest
+from kvjax.cache.stages.bases import LayerBases, layer_bases
+from kvjax.cache.stages.chosen import Chosen, chosen
+from kvjax.cache.stages.cluster import cluster
+from kvjax.cache.stages.fit import Fit
+from kvjax.cache.stages.heavy import Growth, growth, heavy
+from kvjax.cache.stages.later import later
+from kvjax.cache.stages.levels import Levels, levels, named, relevance
+from kvjax.cache.stages.prefix import prefix
+from kvjax.cache.stages.prune import prune
+from kvjax.cache.stages.sift import sift
+from kvjax.cache.stages.store import Store, store
+from kvjax.cache.stages.windows import by_position, first, recent
 from kvjax.cache.types import (
     KV,
     New,

@@ -11,8 +11,8 @@ from kvjax.cache.cache import Cache
 from kvjax.cache.chain import Pending
 from kvjax.cache.paging import Pool
 from kvjax.cache.recurrent import Recurrence
-from kvjax.cache.stages import Slots
-from kvjax.cache.store import Stored
+from kvjax.cache.stages.store import Stored
+from kvjax.cache.stages.windows import Slots
 
 HELD = ("layers", "batch", "kv_heads", "slots")
 WINDOW = ("layers", "batch", "kv_heads", "window")

@@ -13,8 +13,8 @@ from kvjax.cache.cache import Cache
 from kvjax.cache.chain import Chain, Pending
 from kvjax.cache.paging import Pool
 from kvjax.cache.stage import exact
-from kvjax.cache.stages import Slots
-from kvjax.cache.store import Store, Stored
+from kvjax.cache.stages.store import Store, Stored
+from kvjax.cache.stages.windows import Slots
 from kvjax.cache.types import Query, rotate
 
 # Columns that say for how many further tokens a slot stands.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.attention import attend_new
-from kvjax.cache.bands import Bands, attend_bands
+from kvjax.cache.rules.bands import Bands, attend_bands
 from kvjax.cache.stage import FOREVER, Column, Commit, LayerMark, Mark, Stage
 from kvjax.cache.types import KV, Partial, Query, Spec, pytree
 

@@ -140,7 +140,7 @@ class TokenMark(Mark):
 class Replay(Column):
     """What each token of a prompt received while the prompt was read again, before `finish`.
 
-    See `kvjax.cache.replay`; tokens that come later have 0.
+    See `replayed_attention`; tokens that come later have 0.
 
     Attributes:
       chunk: tokens read again at a time. hint: tokens before them that are shown first.

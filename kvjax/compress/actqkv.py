@@ -1,7 +1,7 @@
 """ActQKV: unusual tokens of a window say which blocks it reads; layers share the blocks."""
 
 from kvjax.cache import Chain, Window, best_blocks, chain, first, store
-from kvjax.cache.probe import WEIGHTS
+from kvjax.cache.readers.probe import WEIGHTS
 from kvjax.compress.common import Storage, per_token
 
 

@@ -1,7 +1,7 @@
 """Hydragen: a prefix that rows share is held once, and read once for all of them."""
 
 from kvjax.cache import Chain, chain, prefix
-from kvjax.cache.prefix import level
+from kvjax.cache.stages.prefix import level
 from kvjax.compress.common import Storage, held
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import KV, chain, first, prefix
-from kvjax.cache.prefix import level
+from kvjax.cache.stages.prefix import level
 from kvjax.decode.loop import prefill
 from kvjax.models.llama import Model
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from kvjax.cache import KV, Spec, coverage, evenness, moving, nearest
 from kvjax.cache import given as given_budget
-from kvjax.cache.absorb import WORTH
 from kvjax.cache.budgets import covered, shared
+from kvjax.cache.stages.absorb import WORTH
 
 L, B, H, N, M, D = 2, 1, 2, 5, 7, 4
 SPEC = Spec(L, B, H, H, D, N + M)
@@ -161,7 +161,7 @@ def test_bulk_goes_layer_by_layer_alike(monkeypatch):
     stay, lose = both(8)
     rule = RULES["score"]
     a = rule(stay, lose, {})
-    monkeypatch.setattr("kvjax.cache.absorb.AT_ONCE", 0)
+    monkeypatch.setattr("kvjax.cache.stages.absorb.AT_ONCE", 0)
     b = rule(stay, lose, {})
     np.testing.assert_allclose(a[0].k, b[0].k, atol=1e-6)
     np.testing.assert_array_equal(a[1], b[1])

@@ -14,9 +14,9 @@ from kvjax.cache import (
     store,
     tokens_held,
 )
-from kvjax.cache.bases import alike
-from kvjax.cache.readers import BestPages
+from kvjax.cache.readers.reader import BestPages
 from kvjax.cache.stage import FOREVER
+from kvjax.cache.stages.bases import alike
 from kvjax.codecs import low_rank, normalize
 from tests.cache.harness import (
     BATCH,

@@ -25,7 +25,7 @@ from kvjax.cache import (
     store,
     tokens_held,
 )
-from kvjax.cache.scores import key_norm
+from kvjax.cache.scores.score import key_norm
 from kvjax.codecs import quantize
 from kvjax.models import Config
 

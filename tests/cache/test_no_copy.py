@@ -45,6 +45,7 @@ from kvjax.models import llama
 from kvjax.models.config import Config
 from kvjax.models.decoder import forward
 
+pytestmark = pytest.mark.usefixtures("compile_fully")
 CONFIG = Config(64, 64, 64, 4, 4, 4, 64)
 CAPACITY = 8192
 kivi = per_kv(k=quantize(2, axis="channel", group=32), v=quantize(2, axis="token", group=32))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvjax.cache import Budget, Spec, Window, chain, first, key_norm, prune, recent, store
 from kvjax.cache.paging import PAGE, Pool
-from kvjax.cache.store import Stored
+from kvjax.cache.stages.store import Stored
 from kvjax.codecs import per_kv, quantize
 from tests.cache.harness import (
     BATCH,

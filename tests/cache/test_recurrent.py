@@ -218,6 +218,7 @@ def step(config, model, moving, rest, token):
     return out, apart(commit(cache, new))[0]
 
 
+@pytest.mark.usefixtures("compile_fully")
 def test_decode_step_writes_the_state_in_place():
     kind = Mamba2(heads=8, head_dim=64, state_size=128)
     config = Config(64, 64, 0, 6, 0, 0, 0, recurrence=kind, recurrent_layers=tuple(range(6)))

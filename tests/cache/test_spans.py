@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.cache import Query, best_spans, chain, ends_every, first, layer_bases, recent, store
-from kvjax.cache.spans import Spans
+from kvjax.cache.readers.spans import Spans
 
 B, H, S, D = 1, 2, 6, 4
 ENDS = ends_every(3)

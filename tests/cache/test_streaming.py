@@ -30,8 +30,8 @@ from kvjax.cache import (
     store,
 )
 from kvjax.cache.stage import Commit
-from kvjax.cache.stages import Slots
-from kvjax.cache.store import Stored
+from kvjax.cache.stages.store import Stored
+from kvjax.cache.stages.windows import Slots
 from kvjax.codecs import per_kv, quantize
 from tests.cache.harness import BATCH, QUICKLY, cut, empty, rows
 

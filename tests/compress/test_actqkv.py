@@ -22,7 +22,7 @@ from kvjax.cache import (
     store,
 )
 from kvjax.cache.look import reads
-from kvjax.cache.probe import Running, flatness, row_weights
+from kvjax.cache.readers.probe import Running, flatness, row_weights
 from kvjax.cache.ring import Window
 from kvjax.compress import actqkv
 from kvjax.models import forward

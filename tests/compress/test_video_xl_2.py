@@ -18,8 +18,8 @@ from kvjax.cache import (
     store,
     tokens_held,
 )
-from kvjax.cache.groups import groups
-from kvjax.cache.levels import Levels
+from kvjax.cache.rules.groups import groups
+from kvjax.cache.stages.levels import Levels
 from kvjax.compress import parse, video_xl_2
 from kvjax.decode import extend, prefill
 from kvjax.models import forward

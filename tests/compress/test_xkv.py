@@ -19,7 +19,7 @@ from kvjax.cache import (
     rotate,
     start,
 )
-from kvjax.cache.bases import gram, principal, side_by_side
+from kvjax.cache.stages.bases import gram, principal, side_by_side
 from kvjax.compress import parse, xkv
 from kvjax.models.config import Config
 from tests.compress import reference as ref

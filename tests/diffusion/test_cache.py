@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kvjax.cache import apart, by_position, commit, init_cache, nbytes
 from kvjax.codecs import quantize
@@ -123,6 +124,7 @@ def test_equal_values_compile_once():
     assert loop._denoise._cache_size() == 1
 
 
+@pytest.mark.usefixtures("compile_fully")
 def test_the_loop_copies_nothing_of_the_cache():
     """Donated and written in place in every inner loop: outside of fusions (where nothing is
     stored) no instruction copies an array like that of the keys. The cache is bfloat16 and what a

@@ -53,7 +53,7 @@ print(json.dumps({
 def found(tiny, tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("benchmark")
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    methods = "mustafar(window=8); rotatekv(reorder=False)"
+    methods = "mustafar(window=8); rotatekv(reorder=False); kvzip(tokens=16)"
     run = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, str(tiny), str(out), methods],
         capture_output=True, text=True, check=False,
@@ -105,8 +105,9 @@ def test_methods_beside_dense(found):
     assert rows[1]["speed_of_dense"] > 0
     assert rows[1]["bytes_per_token"] < rows[0]["bytes_per_token"]
     assert rows[0]["bits_per_value"] == pytest.approx(32, rel=0.2)
-    # Needs more of a prompt than random keys and values.
-    assert not any(name.startswith("rotatekv") for name in found["rows"])
+    assert found["rows"]["rotatekv(reorder=False), 40 held"]["speed_of_dense"] > 0  # reads marks
+    # Reads the prompt again, and there are random keys and values alone.
+    assert not any(name.startswith("kvzip") for name in found["rows"])
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,6 @@ ROOM = PROMPT + 16
 CLOSE = {"rtol": 0, "atol": 3e-5}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_plainly():
-    """These programs run a few steps each: optimising them costs more than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.partial(jax.jit, static_argnames="phase", compiler_options=PLAINLY)
 def step(model, cache, tokens, positions, phase="decode", keep=None):
     logits, new = forward(model, tokens, positions, cache, phase=phase)

@@ -13,7 +13,7 @@ from kvjax.models.decoder import forward
 from kvjax.models.gguf_file import open_gguf
 from kvjax.models.gguf_model import gguf_config
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("compile_fully")]
 
 
 def test_configuration(smollm2):

@@ -49,6 +49,7 @@ CODED_MORE = {
 }
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TPUS = ["v5e:2x2", "v6e:2x2"]
+pytestmark = pytest.mark.usefixtures("compile_fully")
 
 
 def arguments(case, packed):

@@ -9,7 +9,7 @@ from kvjax.decode import generate, prefill
 from kvjax.models import load
 from kvjax.models.embedded import cached_smollm2
 
-pytestmark = [pytest.mark.model, pytest.mark.slow]
+pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.usefixtures("compile_fully")]
 TEXT = "The Python programming language was created by Guido van Rossum. It is known for " * 3
 
 

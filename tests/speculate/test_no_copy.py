@@ -13,12 +13,8 @@ from tests.speculate.harness import CONFIG, METHODS
 CAPACITY = 16384
 
 
-@pytest.fixture(autouse=True)
-def compile_fully():
-    """What is copied is decided by the passes that the package's other tests leave out."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+# What is copied is decided by the passes that other tests leave out.
+pytestmark = pytest.mark.usefixtures("compile_fully")
 
 
 @pytest.mark.parametrize(

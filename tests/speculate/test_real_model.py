@@ -14,7 +14,7 @@ from kvjax.models.embedded import cached_smollm2
 from kvjax.speculate import paper_tree, prompt_lookup, speculate, token_recycling
 from tests.speculate.harness import Guess
 
-pytestmark = [pytest.mark.slow, pytest.mark.model]
+pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.usefixtures("compile_fully")]
 NEW, MARGIN = 24, 0.01
 CACHES = "dense; snapkv(keep=0.5, window=16); kivi(residual=32, release=8); h2o(release=8)"
 
@@ -25,14 +25,6 @@ def loaded():
     if path is None:
         pytest.skip("the embedded model is not cached: run `python -m kvjax.models.embedded`")
     return load(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_fully():
-    """The package's other tests run too little to be worth it."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.mark.parametrize(("label", "method"), parse(CACHES))

@@ -152,6 +152,7 @@ def test_the_frozen_part_stays_and_costs_no_optimizer_state(tiny):
     assert jax.tree.structure(combine(state.params, frozen)) == jax.tree.structure(tiny)
 
 
+@pytest.mark.usefixtures("compile_fully")
 def test_the_state_is_donated_and_the_model_is_not(tiny, data):
     batch = jax.tree.map(jnp.asarray, next(data))
     state, frozen = start(tiny, OPTIMIZER, KEY)

@@ -11,7 +11,7 @@ from jax import Array
 from kvjax.cache import buffer
 from kvjax.cache.share import Share, tokens_of
 from kvjax.cache.stage import FOREVER, Commit, most
-from kvjax.cache.stages import Slots, SlotStage
+from kvjax.cache.stages.windows import Slots, SlotStage
 from kvjax.cache.types import KV, Spec
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
-from kvjax.cache.groups import CONTENT, Grouped
+from kvjax.cache.rules.groups import CONTENT, Grouped
 from kvjax.cache.types import KV, pytree
 
 POSITIONS = ("contiguous", "original", "centre")

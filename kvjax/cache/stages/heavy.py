@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
-from kvjax.cache.absorb import WORTH, Absorb
 from kvjax.cache.budgets import Budget
-from kvjax.cache.scores import Score, rank
+from kvjax.cache.scores.score import Score, rank
 from kvjax.cache.share import Share, as_fraction, tokens_of
 from kvjax.cache.stage import FOREVER, Column, Commit, least
-from kvjax.cache.stages import Slots, SlotStage
+from kvjax.cache.stages.absorb import WORTH, Absorb
+from kvjax.cache.stages.windows import Slots, SlotStage
 from kvjax.cache.types import KV, Spec
 
 LOCAL = "score"

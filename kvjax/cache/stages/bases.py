@@ -14,7 +14,7 @@ from jax import Array
 from kvjax.cache import buffer
 from kvjax.cache.attention import attend_slots, block_size, blockwise, dot_keys, layer_of, visible
 from kvjax.cache.paging import per_layer
-from kvjax.cache.readers import Reader, each_row
+from kvjax.cache.readers.reader import Reader, each_row
 from kvjax.cache.share import as_fraction
 from kvjax.cache.stage import FOREVER, Commit, Stage, most, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate

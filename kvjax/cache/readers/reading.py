@@ -10,7 +10,7 @@ from jax import Array
 
 from kvjax.cache.paging import per_layer
 from kvjax.cache.stage import Commit
-from kvjax.cache.stored import Stored
+from kvjax.cache.stages.stored import Stored
 from kvjax.cache.types import KV, Partial, Query, merge, rotate
 
 

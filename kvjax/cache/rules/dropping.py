@@ -12,7 +12,7 @@ from jax import Array
 
 from kvjax.cache.attention import dot_keys
 from kvjax.cache.rule import Choice, Rule
-from kvjax.cache.scores import draws
+from kvjax.cache.scores.score import draws
 from kvjax.cache.stage import LayerMark, Mark
 from kvjax.cache.types import Partial, Query
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache.attention import received
-from kvjax.cache.scores import LastRows, Received, Rows, Score
+from kvjax.cache.scores.score import LastRows, Received, Rows, Score
 from kvjax.cache.stage import Column, Commit, Statistic
 from kvjax.cache.types import KV, Observation
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
-from kvjax.cache.covering import fewest
-from kvjax.cache.passing import Around
-from kvjax.cache.scores import Score, rank
+from kvjax.cache.rules.covering import fewest
+from kvjax.cache.scores.score import Score, rank
 from kvjax.cache.share import as_fraction
 from kvjax.cache.stage import Column, Commit, Mark, Statistic
-from kvjax.cache.store import Store, Stored, store
+from kvjax.cache.stages.passing import Around
+from kvjax.cache.stages.store import Store, Stored, store
 from kvjax.cache.types import KV, Spec
 
 

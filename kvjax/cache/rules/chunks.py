@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from jax import Array
 
-from kvjax.cache.bands import BLOCK, Bands, bands
-from kvjax.cache.groups import CARRIER, Groups
 from kvjax.cache.rule import Choice, Rule
+from kvjax.cache.rules.bands import BLOCK, Bands, bands
+from kvjax.cache.rules.groups import CARRIER, Groups
 from kvjax.cache.stage import Mark
 from kvjax.cache.types import Query
 

@@ -13,8 +13,8 @@ from jax import Array
 
 from kvjax.cache.attention import received
 from kvjax.cache.buffer import FEW, after, put_rows
-from kvjax.cache.probe import WEIGHTS, Running, Weights, cosine, flatness, row_weights
-from kvjax.cache.readers import Reader
+from kvjax.cache.readers.probe import WEIGHTS, Running, Weights, cosine, flatness, row_weights
+from kvjax.cache.readers.reader import Reader
 from kvjax.cache.ring import Window
 from kvjax.cache.stage import Commit
 from kvjax.cache.types import KV, Observation, Query, Spec, pytree, rotate
@@ -259,8 +259,8 @@ def best_blocks(
     One choice for all heads of a layer, over their channels together; and for all rows of a window
     (more than 16 at once; fewer each choose for themselves, as rows that are decoded must). h_t is
     a row's query as it looks at keys `window` - 1 tokens before it that are not rotated, w_t its
-    weight (`kvjax.cache.probe.row_weights`). r_i is a mean of keys before rotation, of each query
-    head those of the `tokens` tokens that received most attention while they were less than
+    weight (`kvjax.cache.readers.probe.row_weights`). r_i is a mean of keys before rotation, of each
+    query head those of the `tokens` tokens that received most attention while they were less than
     `window` tokens back. The index follows the windows in which rows were committed: it is not the
     same for every way to cut one stream into commits.
 

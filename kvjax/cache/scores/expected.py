@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvjax.cache.scores import Score
+from kvjax.cache.scores.score import Score
 from kvjax.cache.stage import Commit, Statistic
 from kvjax.cache.types import KV, Rope, Spec, pytree, rotate
 

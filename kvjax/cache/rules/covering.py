@@ -11,7 +11,7 @@ from jax import Array
 
 from kvjax.cache.attention import dot_keys
 from kvjax.cache.rule import Choice, Rule
-from kvjax.cache.scores import draws
+from kvjax.cache.scores.score import draws
 from kvjax.cache.stage import LayerMark
 from kvjax.cache.types import Query
 

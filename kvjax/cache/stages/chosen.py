@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
-from kvjax.cache.passing import Around
-from kvjax.cache.scores import Score, rank
+from kvjax.cache.scores.score import Score, rank
 from kvjax.cache.share import Share, tokens_of
 from kvjax.cache.stage import FOREVER, Column, Commit, Statistic
-from kvjax.cache.store import Store, Stored, store
+from kvjax.cache.stages.passing import Around
+from kvjax.cache.stages.store import Store, Stored, store
 from kvjax.cache.types import KV, Partial, Query, Spec
 
 

@@ -13,12 +13,12 @@ from jax import Array
 from kvjax.cache.attention import received
 from kvjax.cache.cache import Cache
 from kvjax.cache.chain import Pending
-from kvjax.cache.groups import Grouped, Groups
-from kvjax.cache.mixing import POSITIONS, blocks_of, dense_blocks, mix, sources
-from kvjax.cache.passing import Passing, Stateless
-from kvjax.cache.scores import LastRows
+from kvjax.cache.rules.groups import Grouped, Groups
+from kvjax.cache.scores.score import LastRows
 from kvjax.cache.share import as_fraction
 from kvjax.cache.stage import Carried, Column, Commit, Statistic
+from kvjax.cache.stages.mixing import POSITIONS, blocks_of, dense_blocks, mix, sources
+from kvjax.cache.stages.passing import Passing, Stateless
 from kvjax.cache.types import KV, New, Observation, Rope, Spec, rotate
 
 RELEVANCE = "relevance"

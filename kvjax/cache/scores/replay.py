@@ -18,7 +18,7 @@ from jax import Array
 from kvjax.cache.attention import dot_keys
 from kvjax.cache.cache import Cache
 from kvjax.cache.chain import Pending
-from kvjax.cache.scores import Score
+from kvjax.cache.scores.score import Score
 from kvjax.cache.stage import Column, Replay
 from kvjax.cache.types import KV, New, rotate
 

@@ -12,11 +12,10 @@ from jax import Array
 
 from kvjax.cache import buffer
 from kvjax.cache.attention import dot_keys, dot_rotated, dot_values, visible
-from kvjax.cache.fit import Fit
 from kvjax.cache.kernels import attend_stored
 from kvjax.cache.paging import Pool, Rectangle, check_heads, per_layer
-from kvjax.cache.readers import Reader, each_row_with
-from kvjax.cache.reading import attend_read, note, watch
+from kvjax.cache.readers.reader import Reader, each_row_with
+from kvjax.cache.readers.reading import attend_read, note, watch
 from kvjax.cache.ring import Window
 from kvjax.cache.stage import (
     FOREVER,
@@ -29,7 +28,8 @@ from kvjax.cache.stage import (
     most,
     total,
 )
-from kvjax.cache.stored import Stored
+from kvjax.cache.stages.fit import Fit
+from kvjax.cache.stages.stored import Stored
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, rotate
 from kvjax.codecs import Codec, PerKV, as_pair, dense, joins_heads
 

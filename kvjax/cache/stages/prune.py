@@ -11,11 +11,11 @@ import numpy as np
 from jax import Array
 
 from kvjax.cache import buffer
-from kvjax.cache.absorb import WORTH, Absorb
 from kvjax.cache.budgets import Budget, uniform
-from kvjax.cache.passing import Passing, Stateless
-from kvjax.cache.scores import Score, rank
+from kvjax.cache.scores.score import Score, rank
 from kvjax.cache.stage import Carried, Column, Commit, Statistic
+from kvjax.cache.stages.absorb import WORTH, Absorb
+from kvjax.cache.stages.passing import Passing, Stateless
 from kvjax.cache.types import KV, Spec
 
 UNIFORM = uniform()

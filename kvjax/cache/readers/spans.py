@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvjax.cache.readers import Reader
+from kvjax.cache.readers.reader import Reader
 from kvjax.cache.stage import FOREVER, Column, Commit, TokenMark
 from kvjax.cache.types import KV, Query, Spec, pytree
 

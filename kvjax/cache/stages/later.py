@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from kvjax.cache.passing import Around
 from kvjax.cache.stage import Column, Commit, Stage
+from kvjax.cache.stages.passing import Around
 from kvjax.cache.types import KV, Spec
 
 

@@ -1,0 +1,1 @@
+"""How much a token is worth keeping: `score` has the interface and the plain ones."""

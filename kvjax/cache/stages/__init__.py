@@ -1,0 +1,1 @@
+"""The stages of chains: `windows` has the plain ones, `store` the one that codes."""
