@@ -153,7 +153,21 @@ EXACT = 2e-5  # of logits of size about 3: float32 sums in another order
 # Sums in another order may move a float16 scale by its rounding, or at a tie a code by a step. What
 # the cases look for (a wrong row, a felt NaN) moves logits by 0.5 and more.
 CODED = 0.02
-every = pytest.mark.parametrize("name", SETTINGS)
+
+
+def slower(names, also=()):
+    """The quick suite has every method once; more of its settings ("name, how") are slow tests."""
+    more = lambda name: ", " in name or name in also  # noqa: E731
+    return [pytest.param(n, marks=pytest.mark.slow) if more(n) else n for n in names]
+
+
+every = pytest.mark.parametrize(
+    "name",
+    slower(
+        SETTINGS,
+        ("hydragen in kivi", "double_sparsity 4 bits", "cskv 4 bits", "mustdrop in one pool"),
+    ),
+)
 
 
 def near(a, b):
@@ -178,7 +192,7 @@ def test_dense_is_the_model():
         near(logits[i], np.asarray(whole)[i, length - 1 : length + STEPS])
 
 
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", slower(LIMITS))
 def test_limit_equals_dense(name):
     near(go(LIMITS[name])[0], base("dense")[0])
 

@@ -22,7 +22,7 @@ from kvjax.compress import parse
 from tests.experiments.conftest import compile_quickly
 
 ROOT = pathlib.Path(__file__).parents[2]
-FULL = ("snapkv(keep=1.0, window=4, kernel=3)", "kvzip(keep=1.0, chunk=150)")
+FULL = ("kvzip(keep=1.0, chunk=150)",)
 HALF = "streaming_llm(keep=0.5)"
 NAMES = ("passkey", "mqar")
 START = """

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kvjax.cache import buffer
 from kvjax.cache.types import KV, Spec
 
 WORTH = "worth"  # column of a token's finite score, while it is decided who stays
@@ -36,9 +38,12 @@ class Absorb:
         return {}
 
     def __call__(
-        self, survivors: KV, losers: KV, memory: dict[str, Array]
+        self, survivors: KV, losers: KV, memory: dict[str, Array], layout: Any = None
     ) -> tuple[KV, Array, dict[str, Array]]:
-        """Returns the survivors, which losers [L, B, H, M] were absorbed, and the memory."""
+        """Returns the survivors, which losers [L, B, H, M] were absorbed, and the memory.
+
+        `layout`: how slots lie over devices, for writes; see `buffer.put_rows`.
+        """
         raise NotImplementedError
 
 
@@ -102,7 +107,7 @@ class Nearest(Absorb):
         return {"threshold": jnp.full((spec.layers, spec.batch, 1), -jnp.inf, jnp.float32)}
 
     def __call__(
-        self, survivors: KV, losers: KV, memory: dict[str, Array]
+        self, survivors: KV, losers: KV, memory: dict[str, Array], layout: Any = None
     ) -> tuple[KV, Array, dict[str, Array]]:
         layers, batch, heads = survivors.lead
         whole = lambda kv: jnp.broadcast_to(kv.pos >= 0, (layers, batch, heads, kv.size))  # noqa: E731
@@ -124,38 +129,60 @@ class Nearest(Absorb):
         else:
             mine, theirs = survivors.extra[WORTH], losers.extra[WORTH]
 
+        if losers.size == 1:
+            # Nothing but the target changes.
+            slot = jnp.where(near, target, -1)
+            one = buffer.take(survivors, slot)
+            mine = jnp.take_along_axis(mine, jnp.maximum(slot, 0), -1)
+            rows = (one.k, one.v, mine, losers.k, losers.v, theirs, more)
+            k, v = self._mean(*rows, lambda x: theirs[..., None] * x)
+            return buffer.put(survivors, slot, self._counted(one, k, v, more), layout), near, memory
+
         def join(x: Any) -> Any:
             k, v, mine, lk, lv, theirs, target, near, more = x
             slots = k.shape[-2]
             to = jax.nn.one_hot(target, slots, dtype=jnp.float32) * near[..., None]
             sum_of = lambda w: jnp.einsum("...mn,...m->...n", to, w)  # noqa: E731
             got = sum_of(theirs)
-            total = jnp.where(mine + got > 0, mine + got, 1.0)[..., None]
-
-            def mean(old: Array, new: Array) -> Array:
-                add = jnp.einsum("...mn,...md->...nd", to, theirs[..., None] * new)
-                # As a difference: whom nobody joins stays the same in every bit.
-                return old + (add - got[..., None] * old) / total
-
+            add = lambda x: jnp.einsum("...mn,...md->...nd", to, theirs[..., None] * x)  # noqa: E731
             joined = sum_of(more)
-            k32 = k.astype(jnp.float32)
-            if self.direction:
-                turned = _unit(mean(_unit(k32), _unit(lk)))
-                turned *= jnp.linalg.norm(k32, axis=-1, keepdims=True)
-                key = jnp.where(joined[..., None] > 0, turned, k32)
-            else:
-                key = mean(k32, lk.astype(jnp.float32))
-            value = mean(v.astype(jnp.float32), lv.astype(jnp.float32))
-            return key.astype(k.dtype), value.astype(v.dtype), joined
+            return *self._mean(k, v, mine, lk, lv, got, joined, add), joined
 
         sides = (
             survivors.k, survivors.v, mine, losers.k, losers.v, theirs, target, near, more
         )  # fmt: skip
         k, v, joined = each(join, sides)
-        extra = {**survivors.extra, "absorbed": count - 1.0 + joined}
+        return self._counted(survivors, k, v, joined), near, memory
+
+    def _mean(
+        self, k: Array, v: Array, mine: Array, lk: Array, lv: Array, got: Array, joined: Array,
+        add: Callable[[Array], Array],
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Keys and values of slots after losers of weight `got` [..., N] joined; `add`: the
+        weighted sum of the losers' rows for each slot."""
+        total = jnp.where(mine + got > 0, mine + got, 1.0)[..., None]
+
+        def mean(old: Array, new: Array) -> Array:
+            # As a difference: whom nobody joins stays the same in every bit.
+            return old + (add(new) - got[..., None] * old) / total
+
+        k32 = k.astype(jnp.float32)
+        if self.direction:
+            turned = _unit(mean(_unit(k32), _unit(lk)))
+            turned *= jnp.linalg.norm(k32, axis=-1, keepdims=True)
+            key = jnp.where(joined[..., None] > 0, turned, k32)
+        else:
+            key = mean(k32, lk.astype(jnp.float32))
+        value = mean(v.astype(jnp.float32), lv.astype(jnp.float32))
+        return key.astype(k.dtype), value.astype(v.dtype)
+
+    def _counted(self, slots: KV, k: Array, v: Array, joined: Array) -> KV:
+        """The slots with new keys and values and the tokens that `joined` [..., N]."""
+        absorbed = slots.extra["absorbed"] + joined
+        extra = {**slots.extra, "absorbed": absorbed}
         if self.bias:
-            extra["bias"] = jnp.log(count + joined)
-        return dataclasses.replace(survivors, k=k, v=v, extra=extra), near, memory
+            extra["bias"] = jnp.log(1.0 + absorbed)
+        return dataclasses.replace(slots, k=k, v=v, extra=extra)
 
     def _closest(self, sides: Any) -> tuple[Array, Array]:
         """(similarity to the closest survivor, which) of each loser, [..., M] each."""

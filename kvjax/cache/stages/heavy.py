@@ -166,8 +166,12 @@ class Heavy(SlotStage):
         kv = dataclasses.replace(kv, extra={n: buffer.column(kv, n) for n in state.kv.extra})
         kv = self._store(kv, spec)
         limit, memory = self._most(state, state.seen + arrived), state.memory
-        if kv.size == 1 and self.absorb is None and not self.score.over_set:
+        alone = self.score.over_set or (self.absorb is not None and self.absorb.weighs)
+        if kv.size == 1 and not alone:
             held, over = self._replace_one(state.kv, kv, context, spec.unrotated, limit)
+            if self.absorb is not None:
+                held, gone, memory = self.absorb(held, over, memory, context.layout)
+                over = dataclasses.replace(over, pos=jnp.where(gone, -1, over.pos))
         else:
             both = buffer.by_position(buffer.concat(state.kv, kv))
             lead = both.pos.shape[:3]
@@ -248,7 +252,7 @@ class Heavy(SlotStage):
         self, both: KV, value: Array, slots: int, came: int, context: Commit, unrotated: bool,
         limit: Any, memory: dict[str, Array],
     ) -> tuple[KV, KV, dict[str, Array]]:  # fmt: skip
-        """Many new tokens, or merging ones: all compete anew."""
+        """Many new tokens: all compete anew."""
         newest = jnp.max(both.pos, -1, keepdims=True)
         value = jnp.where(self._protected(both.pos, newest, limit), jnp.inf, value)
         order = rank(value, both)
@@ -288,7 +292,8 @@ def heavy(
 ) -> SlotStage:
     """The best n tokens by `score`, exactly; the others flow on.
 
-    A single new token replaces the worst held one in place; a bulk competes with all held.
+    A single new token replaces the worst held one in place, unless scores compare tokens; a bulk
+    competes with all held.
 
     Args:
       n: tokens held per row and head, a `share` of the prompt, or a `growth` with all tokens.
