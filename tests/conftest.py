@@ -11,8 +11,10 @@ hypothesis.settings.register_profile("quick", derandomize=True)
 hypothesis.settings.register_profile("all", print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("KVJAX_HYPOTHESIS", "quick"))
 
-# Most programs run a few times: optimising them costs more than running them.
+# Most programs run a few times: optimising them costs more than running them. Here, and in programs
+# that tests start.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import sys
 import time
 
 # Without a TPU: libtpu must not ask a metadata server for one.
+os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
