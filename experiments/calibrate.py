@@ -28,7 +28,7 @@ config_flags.DEFINE_config_file("config", None, "An ml_collections file; flags g
 flags.DEFINE_string("model", "smollm2-135m", "Name or path for kvjax.load.")
 flags.DEFINE_string(
     "methods",
-    "kvquant; rotatekv; compress_kv_heads",
+    "kvquant; rotatekv; compress_kv_heads; double_sparsity",
     "Calibrated methods separated by semicolons.",
 )
 flags.DEFINE_string("text", "", "A UTF-8 text file; empty: the Python language reference.")

@@ -92,8 +92,11 @@ NEAR = 0.6  # bits within which another is of like size
 def reason(family: str, label: str, source: str) -> str:
     """Why a quantiser needs more bits than the best of like size, on this source."""
     real_keys = source.startswith("keys")
-    if "bits=1)" in label or label.endswith(" 1 bits"):
+    ends = "affine" in family or family == "kivi"
+    if ends and ("bits=1)" in label or label.endswith(" 1 bits")):
         return "its two levels stand at the ends of the range, where few numbers are"
+    if label.startswith("gear(") and "rank=0" in label:
+        return "entries kept apart take over half a bit per value, and few stand out"
     if family.startswith("mustafar"):
         return (
             "no quantiser: a bit per value says where the entries are, each of them has the same "

@@ -163,11 +163,10 @@ def find(root: str | os.PathLike, label: str, names: Iterable[str], model: Any) 
     names, refused = set(names), None
     if not names:
         return {}
+    asked = [how for _, how in calibrations_in(label)]
     for file in sorted(pathlib.Path(root).glob(f"*/{FILE}")):
         about = _about(file.parent)
-        # The expression itself, not the beginning of a longer one: kvquant is not kvquant(bits=2).
-        inside = re.search(rf"(?<!\w){re.escape(about['method'])}(?![\w(])", label)
-        if not inside or not names <= about["constants"].keys():
+        if not names <= about["constants"].keys() or not _made_for(about["method"], asked):
             continue
         try:
             return {n: x for n, x in load(file.parent, model).items() if n in names}
@@ -202,6 +201,17 @@ def calibrations_in(label: str) -> list[tuple[str, Calibration]]:
         if isinstance(node, ast.Name) and node.id in CALIBRATIONS:
             found += parse(ast.unparse(called.get(id(node), node)), CALIBRATIONS)
     return found
+
+
+def _made_for(label: str, asked: Iterable[Calibration]) -> bool:
+    """Whether constants of the method `label` are those of one that is asked for: equal arguments,
+    defaults included, however they are written."""
+    try:
+        ((_, made),) = calibrations_in(label)
+    except ValueError:  # of another version
+        return False
+    same = lambda a, b: (a.run.func, a.arguments) == (b.run.func, b.arguments)  # noqa: E731
+    return any(same(made, one) for one in asked)
 
 
 def complete(folder: str | os.PathLike) -> bool:

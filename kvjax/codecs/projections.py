@@ -72,18 +72,31 @@ class MergeHeads(Codec):
             )
         return basis, group
 
-    def encode(self, x, valid=None, key=None, constants=None):
+    def _merged(self, x, valid, constants):
+        """(x of fewer heads, in its dtype; which of its tokens are valid)."""
         basis, group = self._basis(constants, x.shape[-3], x.shape[-1])
         y = multiply(masked(x, valid).astype(jnp.float32), basis)
         y = jnp.sum(y.reshape(*y.shape[:-3], -1, group, *y.shape[-2:]), -3).astype(x.dtype)
         valid = valid if valid is None else jnp.broadcast_to(valid[..., :1, :], y.shape[:-1])
+        return y, valid
+
+    def _spread(self, y, constants):
+        """The inverse for what U spans, float32."""
+        basis = _constant(constants, self.name)
+        y = jnp.repeat(y.astype(jnp.float32), basis.shape[-3] // y.shape[-3], -3)
+        return multiply(y, jnp.matrix_transpose(basis))
+
+    def encode(self, x, valid=None, key=None, constants=None):
+        y, valid = self._merged(x, valid, constants)
         return self.codec.encode(y, valid, key)
 
     def decode(self, code, dtype=jnp.float32, constants=None):
-        basis = _constant(constants, self.name)
-        y = self.codec.decode(code, jnp.float32)
-        y = jnp.repeat(y, basis.shape[-3] // y.shape[-3], -3)
-        return multiply(y, jnp.matrix_transpose(basis)).astype(dtype)
+        return self._spread(self.codec.decode(code, jnp.float32), constants).astype(dtype)
+
+    def roundtrip(self, x, valid=None, key=None, constants=None):
+        """Straight-through in the codec only: the gradient of the projection is its own."""
+        y, valid = self._merged(x, valid, constants)
+        return self._spread(self.codec.roundtrip(y, valid, key), constants).astype(x.dtype)
 
     def scores(self, q, code, constants=None):
         basis, group = self._basis(constants, q.shape[-3], q.shape[-1])

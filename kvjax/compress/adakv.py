@@ -29,7 +29,8 @@ def adakv(
       alpha: the part that is shared equally; 1: uniform, 0: by need alone.
       window, kernel, pool: as in `snapkv` (mean over the query heads first, then pooling).
       beta: above 1, layers get pyramid budgets (Ada-Pyramid).
-      storage: what holds the survivors: any chain; None: exactly.
+      storage: what holds the survivors: any chain that codes heads one by one, without constants
+        or readers, since heads hold unlike numbers of tokens; None: exactly.
 
     Raises:
       ValueError: both sizes; tokens below the window; alpha outside [0, 1]; beta below 1; on

@@ -37,7 +37,7 @@ def ems(
       terms: "sum", "max", or one score alone: "global", "local".
       merge: False: what is not kept is dropped.
       bias: logits of merged tokens rise by the log of their number (ours).
-      storage: what holds the survivors: any chain; None: exactly.
+      storage: what holds the survivors: any chain that codes heads one by one; None: exactly.
 
     Raises:
       ValueError: both sizes; tokens below the window; an unknown term; a part outside [0, 1]; on

@@ -30,7 +30,7 @@ def expected_attention(
       sinks: first tokens that always stay.
       epsilon: added to the attention before it meets the value norm.
       covariance, value_norm: whether these take part.
-      storage: what holds the survivors: any chain; None: exactly.
+      storage: what holds the survivors: any chain that codes heads one by one; None: exactly.
 
     Raises:
       ValueError: both sizes; a size out of range; on init_cache, less kept than the sinks.

@@ -16,7 +16,7 @@ def keydiff(keep: float | None = None, tokens: int | None = None, storage: Stora
     Args:
       keep: fraction of the prompt kept per head (default 0.5; the paper fixes 8K tokens).
         tokens: a number in its place.
-      storage: what holds the survivors: any chain; None: exactly.
+      storage: what holds the survivors: any chain that codes heads one by one; None: exactly.
 
     Raises:
       ValueError: both sizes, or a size out of range.

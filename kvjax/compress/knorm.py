@@ -11,7 +11,7 @@ def knorm(keep: float | None = None, tokens: int | None = None, storage: Storage
 
     Args:
       keep: fraction of the prompt kept per head (default 0.5). tokens: a number in its place.
-      storage: what holds the survivors: any chain; None: exactly.
+      storage: what holds the survivors: any chain that codes heads one by one; None: exactly.
 
     Raises:
       ValueError: both sizes, or a size out of range.

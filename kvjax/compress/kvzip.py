@@ -28,7 +28,8 @@ def kvzip(
       hint: tokens before a chunk that the model is shown as its beginning.
       sinks: first tokens, that always stay.
       uniform: every head keeps the same number.
-      storage: what holds the survivors: any chain; None: exactly.
+      storage: what holds the survivors: any chain that codes heads one by one, without constants
+        or readers, since heads hold unlike numbers of tokens; None: exactly.
 
     Raises:
       ValueError: both sizes; a size out of range; on init_cache, less kept than the sinks; on

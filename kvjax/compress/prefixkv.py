@@ -32,7 +32,8 @@ def prefixkv(
         place, at least the protected ones.
       sinks, last: first and last tokens of a prompt, that always stay.
       parts: of each layer, relative to one another, e.g. (0.3, 0.2, 0.1); None: online.
-      storage: what holds the survivors: any chain; None: exactly.
+      storage: what holds the survivors: any chain that codes heads one by one, without constants
+        or readers, since heads hold unlike numbers of tokens; None: exactly.
 
     Raises:
       ValueError: both sizes; a size out of range; parts that are not positive; on init_cache, parts

@@ -28,7 +28,8 @@ def pyramidkv(
         the window (default 128); a prompt of no more is kept whole.
       beta: the mean over the highest layer's share, at least 1 (1: SnapKV).
       window, kernel, pool: as in `snapkv`.
-      storage: what holds the survivors: any chain; None: exactly.
+      storage: what holds the survivors: any chain that codes heads one by one, without constants
+        or readers, since layers hold unlike numbers of tokens; None: exactly.
 
     Raises:
       ValueError: both sizes; tokens below the window; beta below 1; on init_cache, a `keep` that

@@ -14,7 +14,7 @@ def random_eviction(
     Args:
       keep: fraction of the prompt kept per head (default 0.5). tokens: a number in its place.
       seed: what is kept is a function of seed, layer, head and position alone.
-      storage: what holds the survivors: any chain; None: exactly.
+      storage: what holds the survivors: any chain that codes heads one by one; None: exactly.
 
     Raises:
       ValueError: both sizes, or a size out of range.

@@ -25,7 +25,7 @@ def snapkv(
       window: rows that vote.
       kernel, pool: neighbours pooled (odd; 1: none), by "mean" (zeros beyond the ends count) or
         "max".
-      storage: what holds the survivors: any chain; None: exactly.
+      storage: what holds the survivors: any chain that codes heads one by one; None: exactly.
 
     Raises:
       ValueError: both sizes; tokens below the window; on init_cache, a `keep` that leaves less

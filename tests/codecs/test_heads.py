@@ -133,6 +133,24 @@ def test_projection_is_that_of_the_joined_channels():
             project_heads(bad)
 
 
+@every
+def test_gradients_pass_through(name):
+    """Straight through what rounds; through maps to fewer channels as their transposes."""
+    codec, x = CODECS[name], jnp.asarray(sample())
+    g = jnp.asarray(sample(1))
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(g * codec.roundtrip(x, None, None, GIVEN))))(x)
+    if name in ("merged", "half"):
+        u = np.asarray(GIVEN["heads" if name == "merged" else "half"])
+        np.testing.assert_allclose(grad, np.einsum("bhtd,hdr,ger->bgte", g, u, u), atol=1e-4)
+    elif name.startswith("projected"):
+        down, up = (np.asarray(GIVEN[n][0]) for n in ("f_down", "f_up"))
+        wide = np.moveaxis(np.asarray(g), 1, 2).reshape(2, T, H * D) @ up.T @ down.T
+        want = np.moveaxis(wide.reshape(2, T, H, D), 2, 1)
+        np.testing.assert_allclose(grad, want, rtol=1e-3, atol=1e-2 * np.abs(want).max())
+    else:
+        np.testing.assert_allclose(grad, g, atol=1e-5)
+
+
 def test_projection_passes_gradients_to_its_factors():
     """Through the quantiser after it too: the loss falls along the negative gradient."""
     x, codec = jnp.asarray(sample()), CODECS["projected, coded"]

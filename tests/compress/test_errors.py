@@ -10,7 +10,7 @@ import pytest
 from kvjax.cache import chain, finish, init_cache, recent, share, store
 from kvjax.codecs import balance, compose, dense, quantize
 from kvjax.compress import METHODS, adakv, gear, h2o, kivi, parse, snapkv, streaming_llm
-from tests.compress.harness import CONFIG
+from tests.compress.harness import CONFIG, plain_constants
 
 REFUSED = [
     ("snapkv(tokens=16)", r"snapkv\(tokens=16\): expected an integer of at least 32"),
@@ -143,6 +143,31 @@ def test_selection_starts_with_any_storage(method):
         text = f"{method}(storage={storage})"
         made = functools.partial(init_cache, config, parse(text)[0][1], 1, 4160, prompt=4096)
         assert jax.tree.leaves(jax.eval_shape(made)), text
+
+
+# Storages that cannot hold other tokens in each head, and those that, beside these, cannot hold
+# other numbers of them.
+JOINED = ("rotatekv", "cskv", "compress_kv_heads", "xkv", "actqkv")
+RAGGED = ("kvquant", "mikv", "double_sparsity", "sentencekv", "zipvl")
+POOLS = ("pyramidkv", "adakv", "kvzip", "prefixkv")
+
+
+@pytest.mark.parametrize("method", [*SELECTIONS, "prefixkv", "ems"])
+def test_selection_refuses_what_cannot_hold_unlike_heads(method):
+    """Before anything is compiled; what is not refused starts."""
+    config = dataclasses.replace(CONFIG, head_dim=64)
+    for storage in (*JOINED, *RAGGED):
+        transform = parse(f"{method}(storage={storage})")[0][1]
+        given = plain_constants(transform, config)
+        made = functools.partial(
+            init_cache, config, transform, 1, 4160, prompt=4096, constants=given
+        )
+        layers_alone = method == "pyramidkv" and storage == "mikv"
+        if storage in JOINED or (method in POOLS and not layers_alone):
+            with pytest.raises(ValueError, match="heads"):
+                jax.eval_shape(made)
+        else:
+            assert jax.tree.leaves(jax.eval_shape(made)), (method, storage)
 
 
 def test_a_pool_refuses_constants_per_head():

@@ -182,8 +182,11 @@ def test_files_know_their_model(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, given)
     label = "snapkv(keep=0.5, storage=kvquant(bits=3))"
     assert find(tmp_path, label, ["kvquant_key"], model()).keys() == {"kvquant_key"}
-    with pytest.raises(ValueError, match=r"python -m experiments.calibrate --methods='kvquant'"):
-        find(tmp_path, "kvquant", ["kvquant_key"], model())
+    # The same method, written otherwise; and another.
+    assert find(tmp_path, "kvquant", ["kvquant_key"], model()).keys() == {"kvquant_key"}
+    again = r"python -m experiments.calibrate --methods='kvquant\(bits=2\)'"
+    with pytest.raises(ValueError, match=again):
+        find(tmp_path, "kvquant(bits=2)", ["kvquant_key"], model())
     other = llama.init(CONFIG, jax.random.key(9))
     with pytest.raises(ValueError, match=r"tiny.*other weights"):
         load(folder, other)

@@ -70,7 +70,7 @@ def whole(model, tokens, out):
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", [slow("dense"), slow("h2o"), "snapkv"])
+@pytest.mark.parametrize("name", [slow("dense"), slow("h2o"), slow("kivi"), "snapkv"])
 def test_batch_equals_each_prompt_alone(model, tokens, name):
     logits, cache = prefill(model, tokens, METHODS[name], lengths=LENGTHS, new_tokens=NEW)
     both = generate(model, cache, logits, NEW)

@@ -6,6 +6,7 @@ A damaged file that once did something else is kept in cases/ and read again her
 import contextlib
 import json
 import pathlib
+import signal
 import tracemalloc
 
 import numpy as np
@@ -23,7 +24,8 @@ from tests import golden
 from tests.models.files import entry, gguf_bytes, safetensors_bytes, unchanged
 
 CASES = pathlib.Path(__file__).parent / "cases"
-MEMORY = 2**23  # bytes; the files here are below 16 kB
+MEMORY = 2**20  # bytes that any file may take beside twice its size: modules, messages, a tokenizer
+SECONDS = 5  # on a busy machine; one file takes milliseconds
 
 numbers = st.sampled_from([0, 1, 7, 8, 31, 32, 255, 2**16, 2**31, 2**32 - 1, 2**63, 2**64 - 1])
 place = st.integers(0, 2**14)
@@ -86,14 +88,21 @@ READERS = {".safetensors": read_safetensors, ".gguf": read_gguf}
 
 
 def survives(path: pathlib.Path) -> None:
-    """Reads a file; CheckpointError is a good answer, any other exception is not."""
+    """Reads a file; CheckpointError is a good answer, other exceptions and waiting are not."""
     tracemalloc.start()
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         with contextlib.suppress(CheckpointError), np.errstate(all="ignore"):
             READERS[path.suffix](path)
-        assert tracemalloc.get_traced_memory()[1] < MEMORY
+        assert tracemalloc.get_traced_memory()[1] < MEMORY + 2 * path.stat().st_size
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         tracemalloc.stop()
+
+
+def _too_long(*_: object) -> None:
+    raise AssertionError(f"a small file took over {SECONDS} s to read")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import safetensors.numpy
 
 from kvjax.models import CheckpointError, Model, save_pretrained
 from kvjax.models import huggingface_write as write
+from kvjax.models.decoder import forward
 from kvjax.models.huggingface import load_config, load_pretrained
 from kvjax.models.huggingface_config import parse_config
 from kvjax.models.llama import flatten
@@ -54,6 +55,27 @@ def test_save_and_load_is_identity(case, tmp_path):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize(
+    "case", [p.stem for p in golden.cases() if not p.stem.startswith("llada")], indirect=True
+)
+def test_transformers_reads_what_is_saved(case, tmp_path):
+    """Where it is at hand: its logits of the saved folder are ours."""
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
+    model = load_pretrained(case.folder)
+    save_pretrained(model, tmp_path / "saved")
+    tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (2, 12))
+    positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+    ours, _ = forward(model, jnp.asarray(tokens), positions, phase="prefill")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_save_splits_large_models(case, tmp_path, monkeypatch):
