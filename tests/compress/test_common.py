@@ -197,6 +197,13 @@ def test_limit_equals_dense(name):
     near(go(LIMITS[name])[0], base("dense")[0])
 
 
+def test_a_prompt_of_sinks_is_exact():
+    """RotateKV codes only what comes after it: felt from the second decoded token on."""
+    logits, dense = go("rotatekv(bits=2, sinks=32)")[0], base("dense")[0]
+    near(logits[:, :2], dense[:, :2])
+    assert np.abs(logits[:, 2:] - dense[:, 2:]).max() > 0.01
+
+
 @every
 def test_padding_is_never_felt(name):
     """NaN in the place of padding changes nothing; nor does padding on the other side."""
