@@ -88,6 +88,7 @@ COLUMNS = {
     "needle_accuracy": "needles|.0%",
     "needle_accuracy_agnostic": "agnostic|.0%",
     "bytes_per_token": "bytes/tok|,.0f",
+    "used_bytes_per_token": "used|,.0f",
     "bits_per_value": "bits/val|.2f",
     "prefill_tokens_per_second": "prefill/s|.0f",
     "decode_tokens_per_second": "decode/s|.1f",
@@ -262,6 +263,9 @@ class Job:
             "top1_agreement": float(jnp.mean(same)),
             "cache_bytes": size,
             "bytes_per_token": size / (self.exact.batch * (self.exact.time + more)),
+            # When the continuation is in it; what is allocated beside is room that stays empty.
+            "used_bytes_per_token": kv.used_bytes(cache)
+            / (self.exact.batch * (self.exact.time + more)),
             "bits_per_value": 8 * size / values,
             "prefill_tokens_per_second": prompt_tokens / (exact.seconds + seconds),
         }

@@ -33,6 +33,7 @@ from kvjax.cache.cache import (
     start,
     together,
     tokens_held,
+    used_bytes,
 )
 from kvjax.cache.chain import Chain, Pending, chain
 from kvjax.cache.checkpoint import restore_cache, save_cache
@@ -222,5 +223,6 @@ __all__ = [
     "token_columns",
     "tokens_held",
     "uniform",
+    "used_bytes",
     "window_attention",
 ]

@@ -288,3 +288,22 @@ def nbytes(tree: Any) -> int:
         tree = (tree.state, shared)
     arrays = {id(x): x for x in jax.tree.leaves(tree)}
     return sum(x.size * x.dtype.itemsize for x in arrays.values())
+
+
+def used_bytes(cache: Cache) -> int:
+    """Of `nbytes`, those in use: a stage's bytes in proportion to the slots that hold tokens.
+
+    What a stage has beside its slots (exact rings, indices, maps) counts with them; shared arrays
+    and recurrent state count whole. Concrete.
+    """
+    used = float(nbytes(cache) - nbytes(cache.state))
+    for transform, state in zip(cache.transforms, cache.state):
+        stages = transform.stages if isinstance(transform, Chain) else ()
+        if not isinstance(state, tuple) or not stages:
+            used += nbytes(state)
+            continue
+        for stage, own in zip(stages, state):
+            room = 0 if own is None else stage.slots(own)
+            part = min(int(stage.tokens(own)) / room, 1.0) if room else 1.0
+            used += part * nbytes(own)
+    return round(used)

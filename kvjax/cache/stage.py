@@ -287,6 +287,10 @@ class Stage:
         """Tokens held, summed over layers, rows and key-value heads: int32 scalar."""
         return 0
 
+    def slots(self, state: Any) -> int:
+        """Tokens for which there is room, summed likewise; 0: it has no slots."""
+        return 0
+
     def horizon(self, state: Any) -> tuple[Array, bool]:
         """(tokens, final). The commit of fewer than `tokens` [B] more changes neither what is
         visible here nor its form. `final`: whether tokens within the horizon stay here, so that
@@ -302,6 +306,11 @@ def exact(codec: Codec, dtype: Any) -> bool:
 def total(count: Array, spec: Spec) -> Array:
     """Sum of [L or 1, B, H or 1] over all layers, rows and heads."""
     return jnp.sum(jnp.broadcast_to(count, (spec.layers, spec.batch, spec.kv_heads)))
+
+
+def room_of(pos: Array, spec: Spec) -> int:
+    """Slots of all layers, rows and heads, where positions are [L or 1, B, H or 1, N]."""
+    return spec.layers * spec.batch * spec.kv_heads * pos.shape[-1]
 
 
 def most(count: Array) -> Array:

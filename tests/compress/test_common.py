@@ -8,7 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from kvjax.cache import apart, finish, init_cache, nbytes, restore_cache, save_cache
+from kvjax.cache import (
+    apart,
+    finish,
+    init_cache,
+    nbytes,
+    restore_cache,
+    save_cache,
+    used_bytes,
+)
 from kvjax.compress import METHODS, parse
 from tests.compress.harness import (
     CONFIG,
@@ -276,6 +284,16 @@ def test_slots_are_distinct_with_true_positions(name):
     size = sum(len(head) for layer in held(cache) for row in layer for head in row)
     everything = CONFIG.layers * CONFIG.kv_heads * (sum(LENGTHS) + 3 * STEPS)
     assert (size == everything) == (name in EVERYTHING)
+
+
+@every
+def test_used_bytes_are_those_of_slots_that_hold_tokens(name):
+    cache = base(SETTINGS[name])[1]
+    used, allocated = used_bytes(cache), nbytes(cache)
+    assert 0 < used <= allocated
+    if name == "dense":
+        held = sum(LENGTHS) + 3 * STEPS
+        assert used == round(allocated * held / (3 * (PROMPT + STEPS)))
 
 
 @every

@@ -16,7 +16,7 @@ from kvjax.cache.attention import attend_slots, block_size, blockwise, dot_keys,
 from kvjax.cache.paging import per_layer
 from kvjax.cache.readers.reader import Reader, each_row
 from kvjax.cache.share import as_fraction
-from kvjax.cache.stage import FOREVER, Commit, Stage, most, total
+from kvjax.cache.stage import FOREVER, Commit, Stage, most, room_of, total
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, pytree, rotate
 from kvjax.codecs import Codec, PerKV, as_pair, dense
 
@@ -282,6 +282,9 @@ class LayerBases(Stage):
 
     def tokens(self, state: Based) -> Array:
         return total(state.seen, state.spec)
+
+    def slots(self, state: Based) -> int:
+        return room_of(state.pos, state.spec)
 
     def horizon(self, state: Based) -> tuple[Array, bool]:
         return jnp.full(state.seen.shape[1:2], FOREVER), False

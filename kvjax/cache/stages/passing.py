@@ -57,3 +57,6 @@ class Around(Stage):
 
     def tokens(self, state: Any) -> Array | int:
         return self.inner.tokens(state)
+
+    def slots(self, state: Any) -> int:
+        return self.inner.slots(state)

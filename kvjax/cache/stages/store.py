@@ -26,6 +26,7 @@ from kvjax.cache.stage import (
     exact,
     least,
     most,
+    room_of,
     total,
 )
 from kvjax.cache.stages.fit import Fit
@@ -390,6 +391,10 @@ class Store(Stage):
 
     def tokens(self, state: Stored) -> Array:
         return total(state.seen, state.spec)
+
+    def slots(self, state: Stored) -> int:
+        pool = isinstance(state.place, Pool)
+        return state.pos.size if pool else room_of(state.pos, state.spec)
 
     def horizon(self, state: Stored) -> tuple[Array, bool]:
         reach = jnp.full(state.seen.shape[1:2], FOREVER)

@@ -13,7 +13,17 @@ from kvjax.cache import buffer
 from kvjax.cache.attention import attend_slots
 from kvjax.cache.ring import Window, tree_gather, tree_write
 from kvjax.cache.share import Share, tokens_of
-from kvjax.cache.stage import FOREVER, Commit, Stage, exact, least, most, observe_slots, total
+from kvjax.cache.stage import (
+    FOREVER,
+    Commit,
+    Stage,
+    exact,
+    least,
+    most,
+    observe_slots,
+    room_of,
+    total,
+)
 from kvjax.cache.types import KV, Partial, Query, Spec, pytree, rotate
 from kvjax.codecs import as_pair, joins_heads
 
@@ -106,6 +116,9 @@ class SlotStage(Stage):
 
     def tokens(self, state: Slots) -> Array:
         return total(state.kv.count, state.spec)
+
+    def slots(self, state: Slots) -> int:
+        return room_of(state.kv.pos, state.spec)
 
     def _read(self, state: Slots, layer: Array, query: Query, **how: Any) -> Partial:
         return attend_slots(
