@@ -225,6 +225,16 @@ def cell(value: Any, spec: str) -> str:
     return format(value, form) if not isinstance(value, str) else value
 
 
+def forget_programs(number: int, every: int = 8) -> None:
+    """Drops all compiled programs when `number` methods are done, at every eighth of them.
+
+    On a CPU each holds several memory mappings, and XLA crashes in a process that has some 65,000
+    of them (vm.max_map_count): after about twenty-five methods.
+    """
+    if number % every == 0:
+        jax.clear_caches()
+
+
 def compile_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a second start is quick."""
     from kvjax.models.embedded import cache_folder

@@ -399,7 +399,7 @@ def run(
         progress.advance(task)
         if todo[0][0] != "dense":  # continued: the reference is needed again
             job.quality(*methods[0])
-        for label, chain in todo:
+        for number, (label, chain) in enumerate(todo, 1):
             progress.update(task, description=label)
             try:
                 row = job.run(label, chain, lambda: progress.advance(task))
@@ -410,6 +410,7 @@ def run(
                 row = {"method": label, "error": f"{type(error).__name__}: {error}"}
                 common.console.print(traceback.format_exc(), markup=False, highlight=False)
             results.put(row)
+            common.forget_programs(number)
 
 
 if __name__ == "__main__":

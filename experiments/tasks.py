@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
 
 def _run_task(job: Job, task: str, methods: Any, results: common.Results, name_of: Any) -> None:
     batch = None
-    for label, chain in methods:
+    for number, (label, chain) in enumerate(methods, 1):
         dense = results.get(name_of(task, "dense"))
         if results.get(name_of(task, label)) is not None:
             continue
@@ -120,6 +120,7 @@ def _run_task(job: Job, task: str, methods: Any, results: common.Results, name_o
             common.console.print(traceback.format_exc(), markup=False, highlight=False)
         common.console.print(f"{task}, {label}: {said}", markup=False, highlight=False)
         results.put(row)
+        common.forget_programs(number)
 
 
 if __name__ == "__main__":
