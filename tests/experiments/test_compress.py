@@ -31,8 +31,9 @@ from tests.experiments.conftest import (
 
 KEYS = {
     "method", "nll", "perplexity", "kl", "top1_agreement", "needle_accuracy",
-    "needle_accuracy_agnostic", "cache_bytes", "bytes_per_token", "used_bytes_per_token", "bits_per_value",
-    "prefill_tokens_per_second", "decode_tokens_per_second", "decode_ratio_to_dense",
+    "needle_accuracy_agnostic", "cache_bytes", "bytes_per_token", "used_bytes_per_token",
+    "bits_per_value", "prefill_tokens_per_second", "decode_tokens_per_second",
+    "decode_ratio_to_dense",
 }  # fmt: skip
 FACTS = {
     "command", "git_revision", "git_changes", "python", "jax", "jaxlib", "flax", "numpy",
