@@ -112,13 +112,11 @@ def filled(model: Model, case: Case) -> tuple[jax.Array, Any]:
     shape = (config.layers, case.batch, config.kv_heads, case.held, config.head_dim)
     pos = jnp.broadcast_to(jnp.arange(case.held), (case.batch, case.held))
     key = jax.random.key(0)
-    rule = () if case.chain.rule is None else case.chain.rule.notes
-    marks = (*case.chain.input_marks, *case.chain.token_marks, *rule)
     moving, rest = kv.apart(cache)
 
     @jax.jit
     def fill(moving: Any) -> Any:
-        flags = {m.name: jax.random.bernoulli(key, 0.05, shape[:4]) * 1.0 for m in marks}
+        flags = {m.name: jax.random.bernoulli(key, 0.05, shape[:4]) * 1.0 for m in case.chain.made}
         k, v = jax.random.normal(key, shape), jax.random.normal(key, shape)
         new = kv.New(kv.KV(k, v, pos[None, :, None], flags))
         if cache.needs_attention:

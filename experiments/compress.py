@@ -256,16 +256,16 @@ class Job:
         divergence, same = agreement(kept, self.dense_logits)
         values = 2 * self.config.head_dim * kv.tokens_held(cache)
         prompt_tokens = self.exact.batch * self.exact.time
+        all_tokens = prompt_tokens + self.exact.batch * more
         figures = {
             "nll": nll,
             "perplexity": float(np.exp(nll)),
             "kl": float(jnp.mean(divergence)),
             "top1_agreement": float(jnp.mean(same)),
             "cache_bytes": size,
-            "bytes_per_token": size / (self.exact.batch * (self.exact.time + more)),
+            "bytes_per_token": size / all_tokens,
             # When the continuation is in it; what is allocated beside is room that stays empty.
-            "used_bytes_per_token": kv.used_bytes(cache)
-            / (self.exact.batch * (self.exact.time + more)),
+            "used_bytes_per_token": kv.used_bytes(cache) / all_tokens,
             "bits_per_value": 8 * size / values,
             "prefill_tokens_per_second": prompt_tokens / (exact.seconds + seconds),
         }

@@ -18,19 +18,17 @@ from typing import Any
 
 import jax
 import matplotlib
-import numpy as np
 import optax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import common
 from experiments.common import setting, settings
-from experiments.training import BY_STEP, resumed
+from experiments.training import BY_STEP, resumed, texts
 from kvjax.calibrate import CALIBRATIONS, folder_of, save
 from kvjax.calibrate.cskv import PROGRAM, factors_of, refuse, statistics_of
 from kvjax.compress import cskv, parse
-from kvjax.data import TokenWindows, batches
-from kvjax.evaluate import load_text, samples
+from kvjax.data import batches
 from kvjax.models import load
 from kvjax.train import combine, fit, measure, reconstruction, start, train_step
 
@@ -87,20 +85,14 @@ class Job:
                 raise ValueError(f"methods: {label}: expected cskv(factors='trained', ...)")
         self.settings = settings
         self.codecs = {label: chain.stages[0].codec for label, chain in methods}
-        length, count = settings["tokens"], settings["held_out_samples"]
+        length = settings["tokens"]
         self.model, tokenizer = load(settings["model"])
         for label, pair in self.codecs.items():
             pair.check(self.model.config.head_dim)
             if length % (block := math.lcm(pair.k.block, pair.v.block)):
                 raise ValueError(f"tokens={length}: {label} codes {block} tokens together")
-        text = load_text(settings["text"])
-        starts = [settings["held_out"] + i * length for i in range(count)]
-        self.tests = [{"tokens": x[None]} for x in samples(text, tokenizer, starts, length)]
-        ids = np.asarray(tokenizer.encode(text, special=False), np.int32)[settings["offset"] :]
-        self.source = TokenWindows(ids, length)
+        self.source, self.tests, few = texts(settings, tokenizer)
         refuse(self.model, settings["start"])
-        step = -(-len(self.source) // settings["samples"])
-        few = [self.source[i]["tokens"][None] for i in range(0, len(self.source), step)]
         common.console.print(f"{len(self.source)} sequences; factors from {len(few)} of them")
         seen = statistics_of(self.model, few)
         self.constants = {

@@ -6,15 +6,39 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import common
+from kvjax.data import TokenWindows
+from kvjax.evaluate import load_text, samples
 from kvjax.train import Checkpoints, TrainState
 
 BY_STEP = "training step"
+
+
+def texts(
+    chosen: Mapping[str, Any], tokenizer: Any
+) -> tuple[TokenWindows, list[dict[str, np.ndarray]], list[np.ndarray]]:
+    """(sequences to train on, batches held out, a few of the former [1, T], evenly spread).
+
+    Args:
+      chosen: settings text, tokens, offset, samples, held_out and held_out_samples.
+
+    Raises:
+      ValueError: the text is too short. FileNotFoundError: there is none.
+    """
+    text, length = load_text(chosen["text"]), chosen["tokens"]
+    starts = [chosen["held_out"] + i * length for i in range(chosen["held_out_samples"])]
+    held_out = [{"tokens": row[None]} for row in samples(text, tokenizer, starts, length)]
+    ids = np.asarray(tokenizer.encode(text, special=False), np.int32)[chosen["offset"] :]
+    source = TokenWindows(ids, length)
+    step = -(-len(source) // chosen["samples"])
+    few = [source[i]["tokens"][None] for i in range(0, len(source), step)]
+    return source, held_out, few
 
 
 @dataclasses.dataclass(frozen=True)

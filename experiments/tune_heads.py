@@ -22,11 +22,11 @@ from ml_collections import config_flags
 
 from experiments import common
 from experiments.common import setting, settings
-from experiments.training import resumed
+from experiments.training import resumed, texts
 from kvjax.calibrate import CALIBRATIONS
 from kvjax.compress import compress_kv_heads, parse
-from kvjax.data import TokenWindows, batches
-from kvjax.evaluate import load_text, samples
+from kvjax.compress.compress_kv_heads import KEYS, VALUES
+from kvjax.data import batches
 from kvjax.models import load, merge_kv_heads, save_pretrained
 from kvjax.train import (
     combine,
@@ -83,17 +83,9 @@ class Job:
             raise ValueError(f"methods={chosen['methods']!r}: expected one compress_kv_heads(...)")
         self.settings = chosen
         self.teacher, self.tokenizer = load(chosen["model"])
-        text, length = load_text(chosen["text"]), chosen["tokens"]
-        starts = [chosen["held_out"] + i * length for i in range(chosen["held_out_samples"])]
-        held_out = samples(text, self.tokenizer, starts, length)
-        self.tests = [{"tokens": row[None]} for row in held_out]
-        ids = np.asarray(self.tokenizer.encode(text, special=False), np.int32)[chosen["offset"] :]
-        self.source = TokenWindows(ids, length)
-        step = -(-len(self.source) // chosen["samples"])
-        few = [self.source[i]["tokens"][None] for i in range(0, len(self.source), step)]
-        find = parse(chosen["methods"], CALIBRATIONS)[0][1]
-        found = find(self.teacher, few)
-        self.student = merge_kv_heads(self.teacher, found["merged_keys"], found["merged_values"])
+        self.source, self.tests, few = texts(chosen, self.tokenizer)
+        found = parse(chosen["methods"], CALIBRATIONS)[0][1](self.teacher, few)
+        self.student = merge_kv_heads(self.teacher, found[KEYS], found[VALUES])
 
 
 def train(job: Job, results: common.Results, out: pathlib.Path, every: int) -> Any:

@@ -96,6 +96,12 @@ class Chain:
         return tuple(column for column in self.columns if isinstance(column, TokenMark))
 
     @property
+    def made(self) -> tuple[Column, ...]:
+        """All columns of a prompt's tokens that `forward` makes."""
+        noted = () if self.rule is None else self.rule.notes
+        return (*self.input_marks, *self.token_marks, *noted)
+
+    @property
     def replays(self) -> tuple[Replay, ...]:
         """Columns for which the prompt is read again before `finish`."""
         return tuple(column for column in self.columns if isinstance(column, Replay))
@@ -237,9 +243,7 @@ class Chain:
                 "exactly until finish(cache), because a stage needs all of it: "
                 f"{', '.join(str(s) for s in self.stages if not s.streaming)}"
             )
-        noted = () if self.rule is None else self.rule.notes
-        made = (*self.input_marks, *self.token_marks, *noted)
-        absent = [m.name for m in made if m.name not in kv.extra]
+        absent = [column.name for column in self.made if column.name not in kv.extra]
         if absent:
             raise ValueError(
                 f"this chain needs the columns {absent} of a prompt's tokens: call "

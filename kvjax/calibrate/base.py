@@ -163,10 +163,12 @@ def find(root: str | os.PathLike, label: str, names: Iterable[str], model: Any) 
     names, refused = set(names), None
     if not names:
         return {}
-    asked = [how for _, how in calibrations_in(label)]
+    asked = calibrations_in(label)
     for file in sorted(pathlib.Path(root).glob(f"*/{FILE}")):
         about = _about(file.parent)
-        if not names <= about["constants"].keys() or not _made_for(about["method"], asked):
+        if not names <= about["constants"].keys() or not _made_for(
+            about["method"], (how for _, how in asked)
+        ):
             continue
         try:
             return {n: x for n, x in load(file.parent, model).items() if n in names}
@@ -174,7 +176,7 @@ def find(root: str | os.PathLike, label: str, names: Iterable[str], model: Any) 
             refused = error
     if refused is not None:
         raise refused
-    inside = [(text, c) for text, c in calibrations_in(label) if names <= set(c.names)]
+    inside = [(text, c) for text, c in asked if names <= set(c.names)]
     for _, how in inside:
         if how.program is None:
             return {n: x for n, x in how(model).items() if n in names}

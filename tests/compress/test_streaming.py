@@ -58,7 +58,7 @@ def held(transform, widths):
     shape = (CONFIG.layers, BATCH, CONFIG.kv_heads, TOKENS, CONFIG.head_dim)
     k, v = (jnp.asarray(draw.standard_normal(shape), jnp.float32) for _ in "kv")
     pos = jnp.broadcast_to(jnp.arange(TOKENS), (1, BATCH, 1, TOKENS))
-    flags = {m.name: jnp.ones(shape[:4]) for m in (*transform.input_marks, *transform.token_marks)}
+    flags = {m.name: jnp.ones(shape[:4]) for m in transform.made}
     at = 0
     for width in widths:
         cut = slice(at, at + width)
