@@ -27,7 +27,7 @@ from absl import app, flags
 from experiments import common
 from kvjax import cache as kv
 from kvjax.compress import dense, kivi, parse
-from kvjax.decode import generate, prefill
+from kvjax.decode import generate, prefill, replay
 from kvjax.models import Config, Model, forward, load, save_pretrained
 from kvjax.models.llama import flatten, parameters
 
@@ -126,10 +126,14 @@ def filled(model: Model, case: Case) -> tuple[jax.Array, Any]:
                 jax.random.normal(key, queries), one, one * case.held, pos, cache.constants["span"]
             )
             new = kv.New(new.kv, seen)
-        return kv.apart(kv.finish(kv.commit(kv.together(moving, rest), new, phase="prefill")))[0]
+        return kv.apart(kv.commit(kv.together(moving, rest), new, phase="prefill"))[0]
 
+    cache = kv.together(fill(moving), rest)
+    if cache.replays:
+        cache = replay(model, cache, pos % 1000, pos)
+    cache = jax.jit(kv.finish)(cache)
     logits = jnp.zeros((case.batch, config.vocab_size)).at[:, 100].set(1.0)
-    return logits, kv.together(fill(moving), rest)
+    return logits, cache
 
 
 def decoder(model: Model, case: Case, tokens: int) -> Callable[[], float]:

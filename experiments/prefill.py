@@ -23,8 +23,6 @@ from ml_collections import config_flags
 from experiments import common
 from experiments.exact import compressed, exact_prefill, under_rule
 from kvjax import cache as kv
-from kvjax.cache.stage import exact as lossless
-from kvjax.cache.stages.stored import Stored
 from kvjax.compress import parse
 from kvjax.decode import prefill, score
 from kvjax.evaluate import load_text, samples
@@ -72,31 +70,6 @@ def prompts_of(kind: str, windows: np.ndarray, noise: np.ndarray, context: int) 
     return out
 
 
-def used_bytes(cache: Any) -> float:
-    """Bytes of what is held, without what is allocated for more: codes and exact numbers."""
-    total = 0.0
-    for n in cache.chains:
-        for stage, own in zip(cache.transforms[n].stages, cache.state[n]):
-            if not hasattr(own, "spec"):
-                continue
-            inner = getattr(stage, "inner", stage)
-            width, exact = own.spec.width, 8.0 * jnp.dtype(own.spec.dtype).itemsize
-            codec = getattr(inner, "codec", None)
-            seen = jnp.broadcast_to(own.seen, (own.spec.layers, *own.seen.shape[1:]))
-            if isinstance(own, Stored):
-                sides = ((codec.k, inner.keys), (codec.v, inner.values))
-                for side, window in sides:
-                    left = window.left(seen)
-                    each = exact if lossless(side, own.spec.dtype) else side.bits(width)
-                    bits = each * left + exact * (seen - left)
-                    total += float(jnp.sum(bits)) * width / 8 * own.spec.kv_heads / seen.shape[2]
-            else:
-                count = jnp.sum(own.kv.pos >= 0, dtype=jnp.float32)
-                count *= own.spec.layers / own.kv.pos.shape[0]
-                total += float(count) * 2 * width * exact / 8 * own.spec.kv_heads / seen.shape[2]
-    return total
-
-
 def measure(model: Any, chain: Any, tokens: np.ndarray, context: int) -> dict[str, Any]:
     """Figures of one method on one kind of prompts."""
     more = tokens.shape[1] - context
@@ -113,7 +86,7 @@ def measure(model: Any, chain: Any, tokens: np.ndarray, context: int) -> dict[st
         "layers": [round(float(x), 4) for x in share.mean(1)],
         "perplexity": float(np.exp(-float(jnp.mean(logprobs)))),
         "held": kv.tokens_held(cache) / (heads * exact.batch * context),
-        "used_bytes": used_bytes(cache) / (exact.batch * context),
+        "used_bytes": kv.used_bytes(cache) / (exact.batch * context),
         "allocated_bytes": kv.nbytes(cache) / (exact.batch * (context + more)),
     }
 

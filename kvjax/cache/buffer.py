@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kvjax.cache import memory
 from kvjax.cache.types import KV, Spec
 
 # Up to this many rows are scattered into a buffer in place; more are merged by one gather, which
@@ -37,7 +38,7 @@ def after(index: Array, *reads: Array) -> Array:
     that of data, and copies the whole buffer where a write does not depend on a read.
     """
     for x in reads:
-        if x.size:
+        if x.size and not memory.in_host(x):  # the host does what is asked in order
             bits = x[(0,) * x.ndim].astype(jnp.float32).view(jnp.int32)
             index += jnp.minimum(bits & 0x7FFFFFFF, 0).astype(index.dtype)  # always 0
     return index
@@ -55,10 +56,12 @@ def read_if(needed: Array, rows: int, read: Callable[[Any], KV], held: Any) -> K
     return jax.lax.cond(needed, read, nothing, held)
 
 
-def _along(x: Array, index: Array, axis: int = 3) -> Array:
+def along(x: Array, index: Array) -> Array:
     """take_along_axis over the slot axis; `index` [L or 1, B, H or 1, K] broadcasts."""
+    if memory.in_host(x):
+        return memory.take(x, index)
     index = index.reshape(index.shape + (1,) * (x.ndim - 4))
-    return jnp.take_along_axis(x, index, axis=axis, mode="clip")
+    return jnp.take_along_axis(x, index, axis=3, mode="clip")
 
 
 def take(kv: KV, index: Array) -> KV:
@@ -68,11 +71,11 @@ def take(kv: KV, index: Array) -> KV:
     """
     index = index.astype(jnp.int32)
     inside = (index >= 0) & (index < kv.size)
-    pos = jnp.where(inside, _along(*_match(kv.pos, index)), -1)
+    pos = jnp.where(inside, along(*_match(kv.pos, index)), -1)
     there = pos >= 0
 
     def rows(x: Array) -> Array:
-        got = _along(x, index)
+        got = along(x, index)
         return jnp.where(
             there.reshape(there.shape + (1,) * (x.ndim - 4)), got, jnp.zeros((), x.dtype)
         )
@@ -97,6 +100,8 @@ def put_rows(x: Array, slot: Array, rows: Array, layout: Any = None) -> Array:
     """
     if layout is not None:
         return layout.write(put_rows, x, slot, rows)
+    if memory.in_host(x):
+        return memory.put(x, jnp.broadcast_to(slot, rows.shape[:4]), rows)
     size = x.shape[3]
     slot = jnp.where((slot >= 0) & (slot < size), slot, size)
     if rows.shape[3] > FEW:
@@ -122,7 +127,7 @@ def _put_many(x: Array, slot: Array, rows: Array) -> Array:
     number = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), slot.shape)
     source = source.at[(*grid[:3], slot)].set(number, mode="drop")
     fresh = source >= 0
-    got = _along(rows, source)
+    got = along(rows, source)
     return jnp.where(fresh.reshape(fresh.shape + (1,) * (x.ndim - 4)), got.astype(x.dtype), x)
 
 

@@ -77,6 +77,13 @@ class Cache:
         return tuple(dict.fromkeys(c for n in self.chains for c in self.transforms[n].replays))
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether `forward` makes each layer's queries one layer early too (`Query.ahead`): where a
+        reader asks, and one chain holds all layers."""
+        chains = [self.transforms[n] for n in self.chains]
+        return len(chains) == 1 and any(stage.looks_ahead for stage in chains[0].stages)
+
+    @property
     def rule(self) -> Rule | None:
         """The rule among the rows of a prompt; None: all see all rows up to them."""
         return next((r for n in self.chains if (r := self.transforms[n].rule) is not None), None)

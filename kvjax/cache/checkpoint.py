@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.cache import Cache
+from kvjax.cache.stages.stored import Stored
 
 
 def save_cache(folder: str | os.PathLike, cache: Cache, force: bool = False) -> None:
@@ -73,7 +74,9 @@ def restore_cache(folder: str | os.PathLike, like: Cache) -> Cache:
         )
     # Arrays without elements are not written.
     leaf = lambda path, x: found.get(_name(path), x if x.size else jnp.zeros(x.shape, x.dtype))  # noqa: E731
-    return jax.tree_util.tree_map_with_path(leaf, like)
+    cache = jax.tree_util.tree_map_with_path(leaf, like)
+    stored = lambda x: isinstance(x, Stored)  # noqa: E731
+    return jax.tree.map(lambda x: x.settled() if stored(x) else x, cache, is_leaf=stored)
 
 
 def _arrays(cache: Cache) -> dict[str, Any]:

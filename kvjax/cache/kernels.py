@@ -9,8 +9,8 @@ differ by rounding only. Kernels apply to
     store of `quantize(2 | 4 | 8, "channel", g)` keys (g up to 128) and `quantize(2 | 4 | 8,
     "token", g)` values, not symmetric;
 
-and not to keys stored before rotation, other codecs, pools (heads of unlike budgets), readers,
-shared prefixes, or where gradients are asked for.
+and not to keys stored before rotation, other codecs, pools (heads of unlike budgets), readers, host
+memory, shared prefixes, or where gradients are asked for.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def attend_stored(
       Partial over the grouped rows, [B, H, G * T]; None: no kernel applies.
     """
     pair, spec, bias = stage.codec, state.spec, state.extra.get("bias")
-    if stage.reader is not None or spec.unrotated or spec.totals is not None:
+    if stage.host or stage.reader is not None or spec.unrotated or spec.totals is not None:
         return None
     if isinstance(pair.k, Dense) and isinstance(pair.v, Dense):
         held = KV(state.k, state.v, state.pos, state.extra)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from kvjax.cache import memory
 from kvjax.cache.attention import block_size, blockwise, layer_of
 from kvjax.cache.buffer import put_rows
 from kvjax.cache.types import Partial, Query, Spec, merge, pytree
@@ -72,6 +73,8 @@ class Rectangle:
 
     def gather(self, x: Array, layer: Array, index: Array, block: int = 1) -> Array:
         """Units `index` [B, H or 1, M] of one layer: [B, H, M, ...]."""
+        if memory.in_host(x):
+            return memory.take(x, index, layer)
         x = per_layer(x, layer)
         index = jnp.clip(index, 0, max(x.shape[2] - 1, 0))
         return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 3)), 2)

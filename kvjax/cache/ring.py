@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvjax.cache.buffer import _along, put_rows
+from kvjax.cache.buffer import along, put_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Window:
         Returns:
           [L, B, H, M, ...]; where `number` is negative, arbitrary finite values.
         """
-        fresh = _along(rows, jnp.maximum(number - seen[..., None], 0))
+        fresh = along(rows, jnp.maximum(number - seen[..., None], 0))
         if self.capacity == 0:
             return fresh
-        old = _along(ring, jnp.maximum(number, 0) % self.capacity)
+        old = along(ring, jnp.maximum(number, 0) % self.capacity)
         new = number >= seen[..., None]
         return jnp.where(new.reshape(new.shape + (1,) * (ring.ndim - 4)), fresh, old)
 

@@ -236,6 +236,11 @@ class Stage:
         """Whether commits after the prompt must bring the queries of the rows."""
         return False
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it reads `Query.ahead`."""
+        return False
+
     def constants(self, width: int) -> tuple[str, ...]:
         """Names of the constants that it reads, for heads of `width` channels."""
         return ()

@@ -205,6 +205,7 @@ class Query:
       layout: how the cache lies over devices (`kvjax.parallel.Layout`), or None.
       shard: int32 scalar where the stage is given one of several equal runs of its slots: which.
       columns: what these rows are marked with, float32 [B, T] by name (`TokenMark`).
+      ahead: where the cache looks ahead, `q` as the next layer would make it of this layer's input.
     """
 
     q: Array
@@ -221,6 +222,7 @@ class Query:
     layout: Any = None
     shard: Array | None = None
     columns: dict[str, Array] = dataclasses.field(default_factory=dict)
+    ahead: Array | None = None
 
     def far(self, distance: int) -> Query:
         """The query for keys that are read unrotated, as if all stood `distance` before it."""

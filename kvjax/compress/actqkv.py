@@ -17,6 +17,7 @@ def actqkv(
     warmup: int = 100,
     constant: bool = True,
     storage: Storage = None,
+    host: bool = False,
 ) -> Chain:
     """Everything is held; a window of rows reads the first tokens, the newest, and a few blocks.
 
@@ -41,7 +42,7 @@ def actqkv(
     first window on (not after 1,000 calls) and by all rows before, without forgetting; blocks that
     were chosen are all read; a single block is no sample. The paper's equations were not at hand:
     this follows descriptions and code. The term for a known question is left out (it asks for the
-    question's place; weight 0), and so is host memory for the blocks.
+    question's place; weight 0).
 
     Args:
       blocks: read per layer and window, on average, of `block` tokens each.
@@ -55,6 +56,7 @@ def actqkv(
       warmup: samples of each layer before budgets differ, and so many are remembered.
       constant: False: keys far back are read where they stand.
       storage: codec of the tokens in blocks; None: exactly.
+      host: blocks lie in host memory, where the platform has it.
 
     Raises:
       ValueError: arguments out of range.
@@ -99,6 +101,6 @@ def actqkv(
     reach = local - 1 if constant else None
     held = store(
         per_token("actqkv", storage),
-        keys=window, values=window, rope="before", reader=reader, reach=reach,
+        keys=window, values=window, rope="before", reader=reader, reach=reach, host=host,
     )  # fmt: skip
     return chain(*([first(sinks, "true" if reach is None else reach)] if sinks else []), held)

@@ -14,6 +14,8 @@ def double_sparsity(
     bits: int = 16,
     score: str = "qk",
     dense_layers: int = 2,
+    host: bool = False,
+    ahead: bool = False,
 ) -> Chain:
     """Every token exactly, of which each query head reads those that score best by few channels.
 
@@ -28,8 +30,7 @@ def double_sparsity(
 
     Choices where paper and released code differ: scores are accumulated over all tokens of the
     calibration (as released, "qk" keeps only the last block); a query never reads an empty slot;
-    with labels of few bits the query's are coded too, scale and minimum in float16. The variant
-    that keeps keys and values in host memory is not here.
+    with labels of few bits the query's are coded too, scale and minimum in float16.
 
     Args:
       tokens: read per query head and step.
@@ -39,6 +40,10 @@ def double_sparsity(
         rotary embedding; "q", "k": magnitudes before it; "pairs": |q| |k| over all pairs of tokens,
         after it.
       dense_layers: first layers that read everything.
+      host: keys and values lie in host memory, where the platform has it; labels on the device.
+      ahead: what a layer reads is chosen and fetched while the layer before is computed, by the
+        queries that it would have for that layer's input; the first layer and the last choose for
+        themselves.
 
     Raises:
       ValueError: arguments out of range; on init_cache, more channels than a head has, labels that
@@ -61,4 +66,5 @@ def double_sparsity(
     if score not in SCORES:
         raise ValueError(f"double_sparsity(score={score!r}): expected one of {', '.join(SCORES)}")
     codec = None if bits_of("double_sparsity", bits) == 16 else quantize(bits)
-    return chain(store(reader=best_tokens(tokens, channels, ORDER, codec, dense_layers)))
+    reader = best_tokens(tokens, channels, ORDER, codec, dense_layers, ahead)
+    return chain(store(reader=reader, host=host))

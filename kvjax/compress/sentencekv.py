@@ -30,6 +30,7 @@ def sentencekv(
     shortest: int = 8,
     each_query: bool = False,
     storage: Storage = None,
+    host: bool = False,
 ) -> Chain:
     """Of a prompt, what its last rows attend to; of that, each step reads the sentences that suit.
 
@@ -51,8 +52,7 @@ def sentencekv(
     of the unfinished sentence count at every step, as in the code; slot number `first` can be read
     like any other (the code skips it); where complete sentences are fewer than the room left for
     them, the sentence being written fills it (in the code its older tokens go unread); ties go to
-    the earlier token; a sentence has no most tokens. All is in one memory: cold tokens are not
-    moved to the host.
+    the earlier token; a sentence has no most tokens.
 
     Args:
       tokens: read per KV head and step, the new token included.
@@ -70,6 +70,7 @@ def sentencekv(
         neighbours are one.
       each_query: each query head chooses sentences of its own; False: one choice per KV head.
       storage: codec of the tokens; None: exactly.
+      host: they lie in host memory, where the platform has it; sums of sentences on the device.
 
     Raises:
       ValueError: arguments out of range; on init_cache, a prompt of which less is left than the
@@ -120,7 +121,7 @@ def sentencekv(
         whole_steps=dense_steps,
         each_query=each_query,
     )
-    held = store(per_token("sentencekv", storage), reader=reader)
+    held = store(per_token("sentencekv", storage), reader=reader, host=host)
     if keep == 1:
         return chain(held)
     return chain(prune(kept, window_attention(window, kernel, "max"), keep=keep), held)

@@ -142,12 +142,19 @@ def forward(
         raw = q * config.scale
         turned = rotate(raw, positions[:, None], rope)
         keys = rotate(k, positions[:, None], rope)
+        ahead = None
+        if cache is not None and read and cache.looks_ahead:
+            after = jnp.minimum(index + 1, len(config.attention_layers) - 1)
+            following, its_rope = one_layer((model.layers, cache.constants["rope"]), after)
+            h = rms_norm(x.astype(dtype), following.attention_norm[...], config)
+            ahead = _project(h, following, config, split)[0] * config.scale
+            ahead = rotate(ahead, positions[:, None], its_rope)
         query = Query(
             turned, raw, positions, rope, span,
             {} if cache is None else cache.constants,
             jnp.zeros((x.shape[0],), jnp.int32), config.attention_softcap, windowed, differentiable,
             "xla" if cache is None else cache.kernels, None if cache is None else cache.layout,
-            columns=columns,
+            columns=columns, ahead=ahead,
         )  # fmt: skip
         choice = None
         if rule is None:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax.cache import Cache, Partial, Query, logical_axes, merge_over
 from kvjax.cache.axes import state_axes
+from kvjax.cache.stages.stored import Stored
 from kvjax.parallel.rules import Rules, parameter_sharding, shardings
 
 RULES = Rules()
@@ -55,8 +56,12 @@ class Layout:
         """The cache (arrays, or shapes) with the sharding of each array in its place.
 
         Raises:
-          ValueError: see `Rules.spec`.
+          ValueError: see `Rules.spec`; a store in host memory, which belongs to one device.
         """
+        stored = lambda x: isinstance(x, Stored)  # noqa: E731
+        states = filter(stored, jax.tree.leaves(cache.state, is_leaf=stored))
+        if any(state.host for state in states):
+            raise ValueError("a cache with store(host=True) lies on one device, not on a mesh")
         return shardings(logical_axes(cache), cache, self.mesh, self.rules)
 
     def constrain(self, cache: Cache) -> Cache:

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.cache import best_tokens, init_cache, nbytes, store
+from kvjax.cache import best_tokens, commit, finish, init_cache, nbytes, store
 from kvjax.cache.look import reads
 from kvjax.calibrate import CALIBRATIONS
 from kvjax.codecs import merge_heads
 from kvjax.compress import dense, double_sparsity, parse
 from kvjax.compress.double_sparsity import ORDER
-from kvjax.models import forward
+from kvjax.models import Config, forward, llama
 from tests.compress import harness
 from tests.compress import reference as ref
 from tests.compress.harness import model, quick_jit
@@ -121,6 +121,55 @@ def test_a_look_at_what_is_read():
     assert (read[0].sum(-1) == lengths[:, None]).all()
     assert (read[1].sum(-1) >= 5).all() and (read[1].sum(-1) <= 10).all()
     assert (read[1].sum(-1) > 5).any()  # query heads differ
+
+
+# --- looking ahead ---
+
+
+DEEP = Config(50, 32, 48, 4, 4, 2, 8)
+
+
+def test_the_layer_before_chooses():
+    """Against NumPy: what a layer reads is what its query of the layer's input before would choose
+    (the first and the last layer: its own), and attention has the true query."""
+    deep = llama.init(DEEP, jax.random.key(3))
+    rng = np.random.default_rng(11)
+    order = np.stack([[rng.permutation(D) for _ in range(4)] for _ in range(4)])
+    given = {ORDER: jnp.asarray(order[:, None], jnp.int32)}
+    tokens = rng.integers(0, 50, (1, 25))
+    embedded = np.asarray(deep.embed[...])[tokens] * 3.0
+    for skip, rows in ((0, 1), (2, 3)):
+        method = double_sparsity(5, 3, dense_layers=skip, ahead=True)
+        cache = init_cache(DEEP, method, 1, 28, prompt=25, constants=given)
+        at = np.arange(25)[None]
+        _, new = forward(
+            deep, None, jnp.asarray(at), cache, phase="prefill", embeddings=jnp.asarray(embedded)
+        )
+        cache = finish(commit(cache, new, phase="prefill"))
+        keys = np.asarray(cache.state[0][-1].k, np.float64)[:, 0]  # [L, H, N, D], rotated
+        pos = 25 + np.arange(rows)
+        x = rng.standard_normal((1, rows, 32)) * 3
+        _, new = forward(
+            deep, None, jnp.asarray(pos[None]), cache, embeddings=jnp.asarray(x, jnp.float32),
+            statistics=True, hidden=tuple(range(4)),
+        )  # fmt: skip
+        fresh = turn(np.asarray(new.kv.k, np.float64)[:, 0], pos)
+        weights = {n: np.asarray(a, np.float64) for n, a in llama.flatten(deep).items()}
+        for l, h, t in np.ndindex(4, 4, rows):
+            q = np.asarray(new.seen.q, np.float64)[l, 0, h, t]
+            asks = q
+            if 0 < l < 3:
+                before = np.asarray(new.hidden[l - 1], np.float64)[0, t]
+                before /= np.sqrt((before**2).mean() + DEEP.norm_eps)
+                own = weights["layers.q"][l].reshape(4, D, 32)[h]
+                asks = own @ (before * weights["layers.attention_norm"][l])
+                asks = turn(asks[None] / np.sqrt(D), pos[t : t + 1])[0]
+            k = keys[l, h // 2, :25]
+            read = chosen(asks, k, order[l, h, :3], 5, 16) if l >= skip else np.arange(25)
+            logits = np.concatenate([k[read] @ q, fresh[l, h // 2, : t + 1] @ q])
+            want = np.log(np.exp(logits - logits.max()).sum()) + logits.max()
+            got = np.log(new.seen.sum[l, 0, h, t]) + new.seen.max[l, 0, h, t]
+            np.testing.assert_allclose(got, want, atol=2e-4)
 
 
 # --- calibration ---

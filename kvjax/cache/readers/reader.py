@@ -61,6 +61,11 @@ class Reader:
         return False
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether the layer before chooses, so that what was chosen can be fetched meanwhile."""
+        return False
+
+    @property
     def watches(self) -> bool:
         """Whether it is shown every commit beside the store's exact window (`watch`), in place of
         pages and arrivals."""
@@ -200,6 +205,7 @@ class BestTokens(Reader):
     order: str = "channel_order"
     codec: Codec = dataclasses.field(default_factory=dense)
     skip: int = 0
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         for name, number, least in (
@@ -223,6 +229,10 @@ class BestTokens(Reader):
     @property
     def whole(self) -> int:
         return self.skip
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.ahead
 
     def init(self, spec: Spec, pages: int) -> Any:
         if self.channels > spec.width:
@@ -266,7 +276,12 @@ class BestTokens(Reader):
 
 
 def best_tokens(
-    tokens: int, channels: int, order: str, codec: Codec | None = None, skip: int = 0
+    tokens: int,
+    channels: int,
+    order: str,
+    codec: Codec | None = None,
+    skip: int = 0,
+    ahead: bool = False,
 ) -> Reader:
     """Reads the `tokens` tokens with the largest product over a few channels, per query head.
 
@@ -281,8 +296,11 @@ def best_tokens(
         [L, 1, Hq, D].
       codec: of the labels, and for choosing of the query's; None: exact.
       skip: so many of the first layers read everything.
+      ahead: a layer's tokens are chosen, and fetched, while the layer before is computed, by the
+        queries that it would have for that layer's input; the first and the last layer choose for
+        themselves. Attention has the true queries.
     """
-    return BestTokens(tokens, 1, channels, order, dense() if codec is None else codec, skip)
+    return BestTokens(tokens, 1, channels, order, dense() if codec is None else codec, skip, ahead)
 
 
 def each_row(query: Query, q: Array, attend: Callable[[Query, Array, Array], Partial]) -> Partial:

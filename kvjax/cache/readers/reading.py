@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kvjax.cache import buffer
 from kvjax.cache.paging import per_layer
+from kvjax.cache.readers.ahead import Fetched, fetch
 from kvjax.cache.stage import Commit
 from kvjax.cache.stages.stored import Stored
 from kvjax.cache.types import KV, Partial, Query, merge, rotate
@@ -33,9 +35,7 @@ def note(store: Any, state: Stored, seen: Array, kv: KV, context: Commit) -> Any
         token = token.reshape(*number.shape[:3], -1)
         constants = store._constants(store.codec.k, state, context.constants)
         units = token[..., :: store.codec.k.block] // store.codec.k.block
-        at = lambda x: jnp.take_along_axis(  # noqa: E731
-            x, units.reshape(units.shape + (1,) * (x.ndim - 4)), 3
-        )
+        at = lambda x: buffer.along(x, units)  # noqa: E731
         k = store.codec.k.decode(jax.tree.map(at, state.k), jnp.float32, constants)
         pos = jnp.take_along_axis(state.pos, token, 3)
         if spec.unrotated:
@@ -90,12 +90,28 @@ def _attend_chosen(
     page = store.reader.page
     base = query.base(slots := state.pos.shape[-1])
     given = {name: per_layer(query.constants[name], layer) for name in store.reader.constants}
-    chosen, carry = store.reader.choose(index, layer, query, q, coded // page, carry, given)
     batch, heads, group = q.shape[:3]
+    fetched: dict[int, Array] = {}
+    if store.reader.looks_ahead and query.ahead is not None:
+
+        def now() -> Fetched:
+            tokens = store.reader.select(index, query, q, coded, constants=given)
+            return fetch(state, layer, tokens[:, None])
+
+        ends = (layer == 0) | (layer == state.spec.layers - 1)
+        found = jax.lax.cond(ends, now, lambda: carry)
+        chosen = found.tokens[:, 0]
+        fetched = {
+            id(x): rows[:, 0] for x, rows in zip(jax.tree.leaves((state.k, state.v)), found.rows)
+        }
+    else:
+        chosen, carry = store.reader.choose(index, layer, query, q, coded // page, carry, given)
     own = heads * group if store.reader.apart else heads  # that choose
     chosen = jnp.broadcast_to(chosen, (batch, own, chosen.shape[-1]))
 
     def read(x: Array, block: int) -> Array:
+        if id(x) in fetched:
+            return fetched[id(x)]
         each = page // block
         unit = (chosen * page - base)[..., None] // block + jnp.arange(each)
         got = state.place.gather(x, layer, unit.reshape(batch, heads, -1), block)

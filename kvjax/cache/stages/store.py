@@ -14,6 +14,7 @@ from kvjax.cache import buffer
 from kvjax.cache.attention import dot_keys, dot_rotated, dot_values, visible
 from kvjax.cache.kernels import attend_stored
 from kvjax.cache.paging import Pool, Rectangle, check_heads, per_layer
+from kvjax.cache.readers.ahead import fetch_ahead, nothing_fetched
 from kvjax.cache.readers.reader import Reader, each_row_with
 from kvjax.cache.readers.reading import attend_read, note, watch
 from kvjax.cache.ring import Window
@@ -46,6 +47,7 @@ class Store(Stage):
     fit: Fit | None = None
     reader: Reader | None = None
     reach: int | None = None
+    host: bool = False
 
     def __post_init__(self) -> None:
         for name, codec, window in (
@@ -100,6 +102,10 @@ class Store(Stage):
         return self.reader is not None and self.reader.observes
 
     @property
+    def looks_ahead(self) -> bool:
+        return self.reader is not None and self.reader.looks_ahead
+
+    @property
     def light(self) -> bool:
         # A reader that watches every commit reads all of its index anyway; asking first, whether a
         # token comes, would put everything held through one more branch.
@@ -127,6 +133,8 @@ class Store(Stage):
         check_heads(self.codec, spec)
         if self.reader is not None and self.reader.apart:
             self._check_apart(spec)
+        if self.host and spec.totals is not None:
+            raise ValueError("store(host=True) needs heads of equal budget, not a ragged one")
         length = spec.max_length
         room = [max(length - w.n, 0) // w.release * w.release for w in (self.keys, self.values)]
         if spec.totals is not None:
@@ -169,8 +177,8 @@ class Store(Stage):
              if name not in {column.name for column in self.columns}},
             k, v, *rings, place,
             {} if self.fit is None else self.fit.init(spec),
-            index, spec,
-        )  # fmt: skip
+            index, spec, self.host,
+        ).settled()  # fmt: skip
 
     def _check_apart(self, spec: Spec) -> None:
         for codec in (self.codec.k, self.codec.v):
@@ -266,6 +274,8 @@ class Store(Stage):
     # --- reading ---
 
     def start(self, state: Stored, pos: Array) -> Any:
+        if self.looks_ahead:
+            return nothing_fetched(self, state, pos)
         return () if self.reader is None else self.reader.start(state.index, pos)
 
     def attend(self, state: Stored, layer: Array, query: Query, carry: Any) -> tuple[Partial, Any]:
@@ -330,10 +340,15 @@ class Store(Stage):
 
         if reader is None or (count > buffer.FEW and not reader.together):
             return everything(), carry
+        following = carry
+        if reader.looks_ahead and query.ahead is not None:
+            following = fetch_ahead(self, state, layer, query)
         if reader.whole:
             every = lambda: (everything(), carry)  # noqa: E731
-            return jax.lax.cond(layer < reader.whole, every, chosen)
-        return chosen()
+            done, carry = jax.lax.cond(layer < reader.whole, every, chosen)
+        else:
+            done, carry = chosen()
+        return done, following if reader.looks_ahead else carry
 
     def _attend_tail(
         self, state: Stored, layer: Array, query: Query, q: Array, seen: Array, coded: Array
@@ -425,6 +440,7 @@ def store(
     fit: Fit | None = None,
     reader: Reader | None = None,
     reach: int | None = None,
+    host: bool = False,
 ) -> Store:
     """Holds everything that comes, coded; the end of a chain.
 
@@ -438,8 +454,10 @@ def store(
       reader: chooses what each query reads; None: everything.
       reach: keys further back are read as if they stood `reach` positions back (rope="before"; at
         least so many tokens are exact); None: all keys are read where they stand.
+      host: coded units lie in host memory, where the platform has it, and what is read of them is
+        copied to the device; positions, exact tokens and the reader's index stay there.
     """
     pair = as_pair(dense() if codec is None else codec)
     keys = Window(0, pair.k.block) if keys is None else keys
     values = Window(0, pair.v.block) if values is None else values
-    return Store(pair, keys, values, rope, fit, reader, reach)
+    return Store(pair, keys, values, rope, fit, reader, reach, host)

@@ -7,11 +7,12 @@ from typing import Any
 
 from jax import Array
 
+from kvjax.cache.memory import to_host
 from kvjax.cache.paging import Pool, Rectangle
 from kvjax.cache.types import Spec, pytree
 
 
-@pytree("spec")
+@pytree("spec", "host")
 class Stored:
     """State of a store.
 
@@ -21,6 +22,7 @@ class Stored:
       k, v: coded units. k_ring, v_ring: [L, B, H, capacity, D], exact tokens not coded yet.
       place: where units lie (`Rectangle` or `Pool`).
       fitted: constants of the codec found from the prompt. index: of the reader.
+      host: whether k and v are to lie in host memory, where the platform has it; static.
     """
 
     seen: Array
@@ -34,6 +36,14 @@ class Stored:
     fitted: dict[str, Array]
     index: Any
     spec: Spec
+    host: bool = False
 
     def replace(self, **changes: Any) -> Stored:
         return dataclasses.replace(self, **changes)
+
+    def settled(self) -> Stored:
+        """With k and v in the memory where they are to lie."""
+        if not self.host:
+            return self
+        k, v = to_host((self.k, self.v))
+        return self.replace(k=k, v=v)
