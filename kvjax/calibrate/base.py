@@ -42,7 +42,7 @@ class Calibration:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The method's arguments, defaults included."""
+        """The method's arguments that the constants depend on, defaults included."""
         return dict(getattr(self.run, "keywords", {}))
 
     def __call__(self, model: Any, batches: Iterable[Array] = ()) -> dict[str, Array]:
@@ -64,10 +64,12 @@ def calibration(
     names: tuple[str, ...] | Callable[..., tuple[str, ...]],
     run: Callable[..., dict[str, Array]],
     program: Callable[..., str | None] = lambda **_: PROGRAM,
+    reads: tuple[str, ...] | None = None,
 ) -> Callable[..., Calibration]:
     """A function that takes the arguments of `method`, with its defaults and its errors, and gives
     the calibration for them: `run(model, batches, **arguments)`, `program(**arguments)`, and the
-    names, or `names(**arguments)`."""
+    names, or `names(**arguments)`. `reads`: the arguments on which the constants depend, so that
+    those of one expression serve others; None: all."""
     signature = inspect.signature(method)
 
     def make(*args: Any, **kwargs: Any) -> Calibration:
@@ -76,7 +78,8 @@ def calibration(
         given.apply_defaults()
         how = given.arguments
         named = names(**how) if callable(names) else names
-        return Calibration(named, functools.partial(run, **how), program(**how))
+        asked = how if reads is None else {n: how[n] for n in reads}
+        return Calibration(named, functools.partial(run, **asked), program(**how))
 
     make.__module__ = run.__module__  # where it is kept, as of a function written there
     make.__name__ = make.__qualname__ = method.__name__

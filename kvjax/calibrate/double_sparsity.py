@@ -18,14 +18,12 @@ from kvjax.decode import positions_of
 from kvjax.models import forward
 
 
-def channels_by_score(
-    model: Any, batches: Iterable[Array], score: str = "qk", **_: Any
-) -> dict[str, Array]:
+def channels_by_score(model: Any, batches: Iterable[Array], score: str = "qk") -> dict[str, Array]:
     """{"double_sparsity_channels": int32 [L, 1, Hq, D]}: channels by descending score.
 
     Args:
       batches: tokens, int32 [B, T] each.
-      score: as of the method; no other argument of it changes the order.
+      score: as of the method.
     """
     total = None
     for tokens in batches:
@@ -57,4 +55,4 @@ def _sums(model: Any, tokens: Array, score: str) -> tuple[Array, Array]:
     return sums.get(score, (total(q), total(k)))
 
 
-double_sparsity = calibration(method, (ORDER,), channels_by_score)
+double_sparsity = calibration(method, (ORDER,), channels_by_score, reads=("score",))

@@ -7,7 +7,7 @@ import pytest
 
 from kvjax.cache import best_tokens, commit, finish, init_cache, nbytes, store
 from kvjax.cache.look import reads
-from kvjax.calibrate import CALIBRATIONS
+from kvjax.calibrate import CALIBRATIONS, find, folder_of, save
 from kvjax.codecs import merge_heads
 from kvjax.compress import dense, double_sparsity, parse
 from kvjax.compress.double_sparsity import ORDER
@@ -201,6 +201,17 @@ def test_calibration(score):
     ranked = np.take_along_axis(want, np.asarray(found[:, 0]), -1)
     assert (np.diff(ranked) <= 1e-5 * ranked[..., :1]).all()
     assert (np.sort(found, -1) == np.arange(8)).all()
+
+
+def test_one_calibration_serves_all_that_order_channels_alike(tmp_path):
+    label = "double_sparsity(tokens=7)"
+    given = {ORDER: CONSTANTS[ORDER]}
+    save(folder_of(tmp_path, label, "tiny", ref.CONFIG), label, given, model(), "tiny")
+    for other in ("double_sparsity(channels=4, ahead=True, host=True)", label):
+        found = find(tmp_path, other, [ORDER], model())
+        np.testing.assert_array_equal(found[ORDER], given[ORDER])
+    with pytest.raises(ValueError, match="none made for it"):
+        find(tmp_path, "double_sparsity(score='q')", [ORDER], model())
 
 
 def test_calibrated_channels_find_more_than_the_last():
