@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 
 import hypothesis
 import jax
@@ -15,6 +17,17 @@ hypothesis.settings.load_profile(os.environ.get("KVJAX_HYPOTHESIS", "quick"))
 # that tests start.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+PLAINLY = "--xla_cpu_use_fusion_emitters=false"  # takes a third of the time away
+
+
+def pytest_configure():
+    """Before XLA reads its flags; workers have them from the process that starts them."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if PLAINLY not in flags:
+        environment = {**os.environ, "XLA_FLAGS": f"{flags} {PLAINLY}", "JAX_PLATFORMS": "cpu"}
+        start = [sys.executable, "-c", "import jax; jax.devices()"]  # dies of a flag unknown to it
+        if subprocess.run(start, env=environment, capture_output=True, check=False).returncode == 0:
+            os.environ["XLA_FLAGS"] = environment["XLA_FLAGS"]
 
 
 @pytest.fixture
@@ -32,16 +45,6 @@ def _forget_programs():
     yield
     jax.clear_caches()
     gc.collect()
-
-
-@pytest.fixture(scope="module")
-def quickly():
-    """The jitted loops without XLA's costly passes, for modules that run each a few times."""
-    from tests.experiments.conftest import compile_quickly
-
-    with pytest.MonkeyPatch.context() as patch:
-        compile_quickly(patch, job=False)
-        yield
 
 
 @pytest.hookimpl(optionalhook=True)

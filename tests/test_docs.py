@@ -17,7 +17,7 @@ import pytest
 from kvjax.evaluate import language_reference
 from kvjax.models import Config, loading
 from kvjax.models.llama import init
-from tests.experiments.conftest import compile_quickly, tiny_tokenizer
+from tests.experiments.conftest import tiny_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOUND = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,7 +55,6 @@ def tiny():
 def test_python_blocks_run(name, tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "load", lambda *args, **kwargs: tiny)
     monkeypatch.chdir(tmp_path)
-    compile_quickly(monkeypatch, job=False)
     module = types.ModuleType("document")
     monkeypatch.setitem(sys.modules, "document", module)
     for before, source in blocks((ROOT / name).read_text(encoding="utf-8")):
@@ -76,7 +75,6 @@ def test_the_example_of_the_package_runs(tiny, monkeypatch):
     """The indented example in the docstring of kvjax itself."""
     import kvjax
 
-    compile_quickly(monkeypatch, job=False)
     monkeypatch.setattr(loading, "load", lambda *args, **kwargs: tiny)
     lines = [line[4:] for line in kvjax.__doc__.splitlines() if line.startswith("    ")]
     space: dict = {}

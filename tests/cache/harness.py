@@ -30,7 +30,6 @@ from kvjax.cache import (
     start,
 )
 from kvjax.models.config import Config
-from tests.compress.harness import PLAINLY as QUICKLY
 
 LAYERS, BATCH, HEADS, KV_HEADS, WIDTH = 2, 2, 4, 2, 8
 CONFIG = Config(29, 16, 16, LAYERS, HEADS, KV_HEADS, WIDTH)
@@ -98,12 +97,12 @@ def _look(cache: Cache, r: dict, mask: Any = "causal", config: Config = CONFIG) 
     return out, New(kv, Observation(turned, top, total, pos, span))
 
 
-look = jax.jit(_look, static_argnames="config", compiler_options=QUICKLY)
-take = jax.jit(commit, static_argnames="phase", compiler_options=QUICKLY)
-done = jax.jit(finish, compiler_options=QUICKLY)
+look = jax.jit(_look, static_argnames="config")
+take = jax.jit(commit, static_argnames="phase")
+done = jax.jit(finish)
 
 
-@functools.partial(jax.jit, static_argnames=("phase", "config"), compiler_options=QUICKLY)
+@functools.partial(jax.jit, static_argnames=("phase", "config"))
 def step(cache: Cache, r: dict, phase: str = "decode", config: Config = CONFIG) -> tuple:
     """One forward pass and the commit of all its rows: (outputs, cache)."""
     out, new = _look(cache, r, config=config)

@@ -22,7 +22,6 @@ from kvjax.cache import (
     in_chunks,
 )
 from kvjax.cache.rule import attend_chosen
-from tests.compress.harness import quick_jit
 
 # Prefix, three groups (the second with text inside, the third without content), a question.
 SAID = [0, 0, 1, 1, 2, 2, 2, 1, 2, 0, 2, 2, 1, 0, 0]
@@ -30,7 +29,7 @@ GROUP = [-1, -1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 3, 3]
 PLACE = {4: 0, 5: 1, 6: 2, 8: 0, 10: 1, 11: 2}
 
 
-@functools.partial(quick_jit, static_argnames="own")
+@functools.partial(jax.jit, static_argnames="own")
 def grouped(own, said, pos):
     return own(said, pos)
 
@@ -170,7 +169,7 @@ def drawn():
     return q, k, v, rope
 
 
-@quick_jit
+@jax.jit
 def both(q, k, v, pos, mask, seen, rope):
     none = jnp.zeros((2,), jnp.int32)
     query = Query(q, q, pos, rope, jnp.asarray(20), {}, none, 5.0, True)

@@ -1,7 +1,5 @@
 """Position-indexed caches, trees, and commits of chosen rows in any order."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,6 @@ from tests.cache.harness import (
     HEADS,
     KV_HEADS,
     LAYERS,
-    QUICKLY,
     _look,
     close,
     cut,
@@ -27,10 +24,10 @@ from tests.cache.harness import (
 )
 
 LENGTH = 12
-take = jax.jit(commit, compiler_options=QUICKLY)
+take = jax.jit(commit)
 
 
-@functools.partial(jax.jit, compiler_options=QUICKLY)
+@jax.jit
 def look_full(cache, r):
     return _look(cache, r, "full")
 

@@ -32,7 +32,6 @@ from tests.cache.harness import (
     HEADS,
     KV_HEADS,
     LAYERS,
-    QUICKLY,
     WIDTH,
     close,
     cut,
@@ -47,7 +46,7 @@ from tests.cache.harness import (
     turn,
 )
 
-take = jax.jit(commit, static_argnames="phase", compiler_options=QUICKLY)
+take = jax.jit(commit, static_argnames="phase")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Reverse-mode gradients through forward with a cache."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ from kvjax.cache import Window, chain, commit, first, init_cache, recent, store
 from kvjax.models import llama
 from kvjax.models.config import Config
 from kvjax.models.decoder import forward
-from tests.cache.harness import QUICKLY
 
 CONFIG = Config(19, 16, 16, 2, 4, 2, 8)
 HELD, NEW = 5, 4
@@ -22,7 +19,7 @@ CHAINS = {
 }
 
 
-@functools.partial(jax.jit, compiler_options=QUICKLY)
+@jax.jit
 @jax.grad
 def plain(model, tokens, pos):
     out, _ = forward(model, tokens, pos, phase="prefill", differentiable=True)
@@ -50,7 +47,7 @@ def test_gradient_through_the_cache_is_that_without(name):
         out, _ = forward(model, tokens[:, HELD:], pos[:, HELD:], cache, differentiable=True)
         return jnp.sum(jnp.sin(out))
 
-    got = jax.jit(jax.grad(cached), compiler_options=QUICKLY)(model)
+    got = jax.jit(jax.grad(cached))(model)
     want = plain(model, tokens, pos)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         assert np.isfinite(a).all()

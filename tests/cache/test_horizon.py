@@ -33,10 +33,10 @@ from kvjax.cache import (
 )
 from kvjax.cache.stage import FOREVER
 from kvjax.codecs import dense, per_kv, quantize
-from tests.cache.harness import QUICKLY, close, cut, empty, look, rows, step
+from tests.cache.harness import close, cut, empty, look, rows, step
 
 LENGTH, ROWS = 40, 6
-reach = jax.jit(horizon, compiler_options=QUICKLY)
+reach = jax.jit(horizon)
 half = dense("bfloat16")
 kivi = per_kv(k=quantize(2, axis="channel", group=8), v=quantize(4))
 CHAINS = {

@@ -26,9 +26,7 @@ from kvjax.cache.look import placed, reads
 from kvjax.codecs import quantize
 from kvjax.decode import prefill
 from kvjax.models.decoder import forward
-from tests.compress.harness import CONFIG, held, model, quick_jit
-
-pytestmark = pytest.mark.usefixtures("quickly")
+from tests.compress.harness import CONFIG, held, model
 
 T, LENGTHS = 24, (24, 15)
 
@@ -80,7 +78,7 @@ def test_merged_tokens_are_counted():
     assert (where.others[~where.held] == 0).all()
 
 
-@quick_jit
+@jax.jit
 def _step(model, cache, pos):
     return forward(model, jnp.full((2, 1), 7), pos, cache, statistics=True)
 

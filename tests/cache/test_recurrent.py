@@ -30,7 +30,6 @@ from kvjax.cache import (
 from kvjax.models import Config, init
 from kvjax.models.decoder import forward
 from kvjax.models.mamba2 import FEW, Mamba2
-from tests.compress.harness import PLAINLY
 
 LAYERS, BATCH, ROWS = 3, 2, 6
 KIND = Mamba2(heads=4, head_dim=3, state_size=5, groups=2, chunk=8)
@@ -38,7 +37,7 @@ PURE = Config(
     29, 6, 0, LAYERS, 0, 0, 0, recurrence=KIND, recurrent_layers=tuple(range(LAYERS))
 )  # fmt: skip
 HYBRID = Config(29, 6, 8, 4, 4, 2, 8, recurrence=KIND, recurrent_layers=(0, 2, 3))
-take = jax.jit(commit, static_argnames="phase", compiler_options=PLAINLY)
+take = jax.jit(commit, static_argnames="phase")
 
 
 def rows_of(seed, count, poison=None):
@@ -142,7 +141,7 @@ def test_many_rows_at_once_and_in_parts(count):
     np.testing.assert_array_equal(parts.length, whole.length)
 
 
-advance = jax.jit(KIND.advance, compiler_options=PLAINLY)
+advance = jax.jit(KIND.advance)
 
 
 @pytest.mark.parametrize("count", [1, ROWS, FEW + 1])
@@ -157,7 +156,7 @@ def test_rows_that_are_not_valid_change_nothing(count):
         np.testing.assert_array_equal(found["tail"][:, b], tail.astype(np.float32))
 
 
-windows = jax.jit(previous, static_argnums=1, compiler_options=PLAINLY)
+windows = jax.jit(previous, static_argnums=1)
 
 
 @settings(max_examples=50, deadline=None)

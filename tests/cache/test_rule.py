@@ -33,9 +33,8 @@ from kvjax.cache.rule import attend_chosen
 from kvjax.decode import prefill
 from kvjax.models import forward
 from tests.compress import plain_model
-from tests.compress.harness import CONFIG, LENGTHS, PROMPT, held, inputs, model, quick_jit
+from tests.compress.harness import CONFIG, LENGTHS, PROMPT, held, inputs, model
 
-pytestmark = pytest.mark.usefixtures("quickly")
 TYPE, NOTE = Mark("type"), LayerMark("note")
 
 
@@ -74,7 +73,7 @@ class Windowed(Rule):
         return Choice(mask=(row - key < 3) & (key <= row)), carry
 
 
-@quick_jit
+@jax.jit
 def run(model, cache, x, pos, columns):
     logits, new = forward(
         model, None, pos, cache, phase="prefill", embeddings=x, columns=columns, statistics=True

@@ -33,7 +33,7 @@ from kvjax.cache.stage import Commit
 from kvjax.cache.stages.store import Stored
 from kvjax.cache.stages.windows import Slots
 from kvjax.codecs import per_kv, quantize
-from tests.cache.harness import BATCH, QUICKLY, cut, empty, rows
+from tests.cache.harness import BATCH, cut, empty, rows
 
 TOKENS = 24
 kivi = per_kv(k=quantize(2, axis="channel", group=8), v=quantize(4))
@@ -71,7 +71,7 @@ def _commit(cache, r):
     return cache.replace(state=(cache.transforms[0].commit(cache.state[0], rows, context),))
 
 
-take = jax.jit(_commit, compiler_options=QUICKLY)
+take = jax.jit(_commit)
 
 
 def by_position(pos, *leaves):

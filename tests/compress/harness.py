@@ -22,29 +22,6 @@ LENGTHS = (24, 17, 11)
 TRACES: list[str] = []
 
 
-def _known(options: dict) -> dict:
-    """Those options that this XLA has."""
-    found = {}
-    for name, value in options.items():
-        try:
-            jax.jit(lambda x: x + 1, compiler_options={name: value}).lower(0.0).compile()
-        except jax.errors.JaxRuntimeError:
-            continue
-        found[name] = value
-    return found
-
-
-# These programs run a few times each: compiling them plainly takes a third of the time.
-PLAINLY = _known(
-    {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-)
-quick_jit = functools.partial(jax.jit, compiler_options=PLAINLY)
-
-
 @functools.cache
 def model():
     return llama.init(CONFIG, jax.random.key(0))
@@ -57,7 +34,7 @@ def rows() -> np.ndarray:
     return np.asarray(model().embed[...])[tokens] * 3.0
 
 
-@quick_jit
+@jax.jit
 def run(model, cache, x, pos, tail, tail_pos):
     """Prompt, finish, then one token after the other: logits [B, 1 + STEPS, V] and the cache."""
     TRACES.append("run")
@@ -79,7 +56,7 @@ def run(model, cache, x, pos, tail, tail_pos):
     return jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], 1), cache
 
 
-@quick_jit
+@jax.jit
 def plain(model, x, pos):
     """Logits without any cache."""
     return forward(model, None, pos, phase="prefill", embeddings=x)[0]

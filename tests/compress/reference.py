@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,7 +26,6 @@ from kvjax.cache import (
 )
 from kvjax.compress import parse
 from kvjax.models.config import Config
-from tests.compress.harness import quick_jit
 
 L, B, HQ, H, D, W = 2, 2, 4, 2, 8, 4
 T, LENGTHS, STEPS = 24, (24, 17), 12
@@ -158,17 +158,17 @@ def per_token(x, bits, group):
 # --- our side ---
 
 
-@quick_jit
+@jax.jit
 def _ingest(cache, new):
     return finish(commit(cache, new, phase="prefill"))
 
 
-@quick_jit
+@jax.jit
 def _step(cache, new):
     return commit(cache, new)
 
 
-@quick_jit
+@jax.jit
 def _probe(cache, raw, pos):
     def layer(l):
         rope, span = cache.constants["rope"][l], cache.constants["span"][l]

@@ -28,7 +28,7 @@ from kvjax.compress import actqkv
 from kvjax.models import forward
 from tests.compress import harness
 from tests.compress import reference as ref
-from tests.compress.harness import model, quick_jit
+from tests.compress.harness import model
 from tests.compress.reference import HQ, LENGTHS, STEPS, B, D, G, L, row, softmax, turn
 from tests.compress.test_common import SETTINGS
 
@@ -126,7 +126,7 @@ def read(r, n, q, raw, pos, chosen, h, constant=True):
 # --- our side ---
 
 
-@quick_jit
+@jax.jit
 def asked(cache, raw, pos):
     """Rows raw [L, B, HQ, R, D] at pos [B, R]: what all layers read, one after the other."""
 
@@ -304,7 +304,7 @@ def test_flatness_lies_between_zero_and_one(score, more):
 # --- a prompt in windows, through a model ---
 
 
-@quick_jit
+@jax.jit
 def window(cache, x, pos):
     logits, new = forward(model(), None, pos, cache, phase="prefill", embeddings=x, logits="last")
     return logits[:, 0], commit(cache, new, phase="prefill")
@@ -341,7 +341,7 @@ def test_horizon():
     assert equal.stages[1].reader.horizon(index) is None
 
 
-@quick_jit
+@jax.jit
 def one_row(cache, at, x):
     return forward(model(), None, at, cache, embeddings=x, statistics=True, logits="none")[1]
 

@@ -14,7 +14,7 @@ from kvjax.compress import compress_kv_heads
 from kvjax.models import forward, llama, merge_kv_heads
 from kvjax.models.config import Config
 from kvjax.models.llama import Model, flatten
-from tests.compress.harness import CONFIG, model, quick_jit
+from tests.compress.harness import CONFIG, model
 from tests.compress.reference import D, H, L, turn
 from tests.compress.test_reference_codes import follow
 
@@ -54,7 +54,7 @@ def test_what_a_query_reads(rope, keep):
     follow(f"compress_kv_heads(keep={keep}, rope='{rope}')", read, given)
 
 
-@quick_jit
+@jax.jit
 def logits_and_kv(model, tokens, shift=None):
     """Logits of whole sequences, their keys before rotation and values."""
     pos = jnp.tile(jnp.arange(tokens.shape[1]), (tokens.shape[0], 1))

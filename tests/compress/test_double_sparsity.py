@@ -14,7 +14,7 @@ from kvjax.compress.double_sparsity import ORDER
 from kvjax.models import Config, forward, llama
 from tests.compress import harness
 from tests.compress import reference as ref
-from tests.compress.harness import model, quick_jit
+from tests.compress.harness import model
 from tests.compress.reference import HQ, STEPS, B, D, G, L, T, affine, row, softmax, turn
 
 RNG = np.random.default_rng(5)
@@ -105,7 +105,7 @@ def test_the_order_within_the_labels_does_not_matter():
     np.testing.assert_allclose(*outs, atol=1e-6)
 
 
-@quick_jit
+@jax.jit
 def one_row(cache, at, x):
     return forward(model(), None, at, cache, embeddings=x, statistics=True, logits="none")[1]
 
@@ -175,7 +175,7 @@ def test_the_layer_before_chooses():
 # --- calibration ---
 
 
-@quick_jit
+@jax.jit
 def states(tokens):
     pos = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     _, new = forward(model(), tokens, pos, phase="prefill", logits="none", statistics=True)

@@ -13,10 +13,7 @@ from kvjax.compress import dense, hydragen, parse, snapkv, streaming_llm
 from kvjax.decode import extend, generate, positions_of, prefill, share
 from kvjax.models import llama
 from kvjax.models.config import Config
-from tests.compress.harness import quick_jit
 from tests.models.recurrent_zoo import CONFIGS
-
-pytestmark = pytest.mark.usefixtures("quickly")
 
 CONFIG = Config(50, 32, 48, 2, 4, 2, 8)
 B, L, HQ, H, D = 4, 2, 4, 2, 8
@@ -28,7 +25,7 @@ B, L, HQ, H, D = 4, 2, 4, 2, 8
 FAR = 10**6
 
 
-@functools.partial(quick_jit, static_argnames="span")
+@functools.partial(jax.jit, static_argnames="span")
 def probe(cache, new, q, pos, span):
     """Partials over a cache into which `new` was committed, queries already rotated."""
     cache = commit(cache, new)

@@ -25,10 +25,9 @@ from kvjax.cache import (
 from kvjax.compress import kvzip, parse
 from kvjax.decode import Words, prefill, replay
 from kvjax.models.decoder import forward
-from tests.compress.harness import CONFIG, held, model, quick_jit
+from tests.compress.harness import CONFIG, held, model
 from tests.compress.reference import softmax, top
 
-pytestmark = pytest.mark.usefixtures("quickly")
 L, H, G = CONFIG.layers, CONFIG.kv_heads, CONFIG.heads // CONFIG.kv_heads
 T, LENGTHS = 23, (23, 14)
 CHUNK, HINT, SINKS = 9, 3, 2
@@ -41,7 +40,7 @@ def prompt():
     return np.where(np.arange(T) < np.asarray(LENGTHS)[:, None], tokens, 0)
 
 
-@quick_jit
+@jax.jit
 def _rows(model, tokens, positions):
     _, new = forward(model, tokens, positions, phase="prefill", statistics=True)
     return new.seen.q, new.kv.k
@@ -142,7 +141,7 @@ def pending():
     at = jnp.asarray(np.where(at < np.asarray(LENGTHS)[:, None], at, -1), jnp.int32)
     cache = init_cache(CONFIG, method, 2, T + 4, prompt=T)
 
-    @quick_jit
+    @jax.jit
     def run(model, cache):
         _, new = forward(model, tokens, at, cache, phase="prefill", logits="none")
         return commit(cache, new, phase="prefill")

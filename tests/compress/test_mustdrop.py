@@ -15,9 +15,8 @@ from kvjax.compress.mustdrop import key_set, merge_windows
 from kvjax.decode import prefill
 from kvjax.models import forward
 from tests.compress import plain_model
-from tests.compress.harness import CONFIG, LENGTHS, PROMPT, held, inputs, model, quick_jit
+from tests.compress.harness import CONFIG, LENGTHS, PROMPT, held, inputs, model
 
-pytestmark = pytest.mark.usefixtures("quickly")
 LAYERS = (0, 1)  # the tiny model has two
 
 
@@ -51,7 +50,7 @@ def plainly(x, visual, key, tau_g, tau_x, layers=LAYERS):
     return plain_model.run(x, np.arange(n), attention), alive
 
 
-@functools.partial(quick_jit, static_argnames="rule")
+@functools.partial(jax.jit, static_argnames="rule")
 def under(model, x, pos, columns, rule):
     return forward(model, None, pos, phase="prefill", embeddings=x, columns=columns, rule=rule)
 
@@ -128,7 +127,7 @@ def _dense():
 def test_dense_is_dense():
     """What the limits are compared with equals the model without a rule."""
     x, pos, *_ = inputs()
-    plain, _ = quick_jit(lambda m, x: forward(m, None, pos, phase="prefill", embeddings=x))(
+    plain, _ = jax.jit(lambda m, x: forward(m, None, pos, phase="prefill", embeddings=x))(
         model(), x
     )
     np.testing.assert_allclose(_dense()[0], plain, atol=1e-6)

@@ -1,5 +1,6 @@
 """Room in a pool of unlike heads, and prompts that come in chunks."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from kvjax.cache import Spec, commit, finish, init_cache
 from kvjax.cache.paging import Pool
 from kvjax.compress import parse
 from tests.compress import reference as ref
-from tests.compress.harness import held, quick_jit
+from tests.compress.harness import held
 
 
 def test_a_full_head_drops_what_its_neighbour_would_lose():
@@ -23,12 +24,12 @@ def test_a_full_head_drops_what_its_neighbour_would_lose():
         np.testing.assert_array_equal(x[start : start + pages], np.arange(pages))
 
 
-@quick_jit
+@jax.jit
 def _chunk(cache, new):
     return commit(cache, new, phase="prefill")
 
 
-_finish = quick_jit(finish)
+_finish = jax.jit(finish)
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ from kvjax.decode import generate, token_lists
 from kvjax.models import forward
 from tests.compress import harness
 from tests.compress import reference as ref
-from tests.compress.harness import model, quick_jit
+from tests.compress.harness import model
 from tests.compress.reference import HQ, LENGTHS, STEPS, B, D, G, H, L, T, row, softmax
-from tests.experiments.conftest import compile_quickly, tiny_tokenizer
+from tests.experiments.conftest import tiny_tokenizer
 
 # Some ends stand where the prompt is pruned, some together, some in what is written.
 FLAGS = np.random.default_rng(3).random((B, T + STEPS)) < 0.25
@@ -89,7 +89,7 @@ class Plain:
             self.asked, self.written = [], []
 
 
-@quick_jit
+@jax.jit
 def probe(cache, raw, pos, ended):
     """What rows read of the cache: out [L, B, HQ, T, D], lse."""
     columns = {m.name: ended for m in cache.transforms[0].token_marks}
@@ -244,7 +244,7 @@ def test_token_lists():
     assert ends_in(*ENDINGS).listed(["\uff01", "\n\n  ", "\n", "a. b"])[0].tolist() == [1, 1, 0, 0]
 
 
-@functools.partial(quick_jit, static_argnames="phase")
+@functools.partial(jax.jit, static_argnames="phase")
 def take(model, cache, tokens, pos, phase):
     _, new = forward(model, tokens, pos, cache, phase=phase, logits="none")
     return commit(cache, new, phase=phase)
@@ -274,10 +274,9 @@ def test_marks_come_with_tokens(monkeypatch):
     asked = spans_of(take(model(), whole, more, whole.length[:, None] + np.arange(3), "append"))
     assert asked.times[0, :, 0].tolist() == [1, 2] and asked.writing.all()  # since the last end
     assert asked.newest[0, :, 0].tolist() == [n + 2 for n in before]  # a later turn begins anew
-    compile_quickly(monkeypatch, job=False)
     method = sentencekv(factor=1.5, window=4, **how)
     pruned = init_cache(harness.CONFIG, method, 2, 48, prompt=36, constants=given)
-    pruned = quick_jit(finish)(take(model(), pruned, tokens, pos, "prefill"))
+    pruned = jax.jit(finish)(take(model(), pruned, tokens, pos, "prefill"))
     out = generate(model(), pruned, jnp.zeros((2, 50)), 8, stop=())
     assert (horizon(out.cache) == 1).all()
     for b, written in enumerate(np.asarray(out.tokens)):
@@ -286,7 +285,7 @@ def test_marks_come_with_tokens(monkeypatch):
         assert int(spans_of(out.cache).times[0, b, 0]) == since
 
 
-@quick_jit
+@jax.jit
 def one_row(model, cache, at, x, ended):
     return forward(
         model, None, at, cache, embeddings=x, statistics=True, logits="none",

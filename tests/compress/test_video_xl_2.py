@@ -26,7 +26,7 @@ from kvjax.models import forward
 from tests.cache.test_bands import plain_mask
 from tests.compress import plain_model
 from tests.compress.harness import CONFIG as MODEL
-from tests.compress.harness import PROMPT, model, quick_jit
+from tests.compress.harness import PROMPT, model
 from tests.compress.reference import (
     CONFIG,
     HQ,
@@ -47,7 +47,6 @@ from tests.compress.reference import (
     turn,
 )
 
-pytestmark = pytest.mark.usefixtures("quickly")
 # Two rows: prefix, groups with one or two carriers (one has text inside), a question in the first.
 KINDS = (
     [0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 1, 1, 2, 2, 0, 2, 2, 1, 2, 2, 2, 2, 0, 0],
@@ -176,7 +175,7 @@ def test_one_exact_prompt_answers_several_questions():
     cache = init_cache(CONFIG, method, B, T + STEPS, prompt=T)
     new = new_rows(*prompt_rows(), {"type": TYPES})
     cache = commit(cache, new, phase="prefill")
-    end = quick_jit(finish)
+    end = jax.jit(finish)
     for units in ([[1], [1]], [[-1], [2]]):
         worth = named(units, blocks=3)
         slots = [mixed(k, chosen(k, w, 1, 1)) for k, w in zip(KINDS, np.asarray(worth))]
@@ -233,7 +232,7 @@ def plainly(b, tokens, kinds, chunk, previous):
     return plain_model.run(table[tokens], np.arange(len(kinds)), attention)
 
 
-@quick_jit
+@jax.jit
 def answer(model, cache, tokens, place):
     """The exact prompt made ready for a question."""
     _, new = forward(model, tokens, place, cache, phase="append", statistics=True, logits="none")

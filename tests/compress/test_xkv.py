@@ -23,7 +23,6 @@ from kvjax.cache.stages.bases import gram, principal, side_by_side
 from kvjax.compress import parse, xkv
 from kvjax.models.config import Config
 from tests.compress import reference as ref
-from tests.compress.harness import quick_jit
 from tests.compress.reference import STEPS, B, D, G, H, L, T, row, softmax, turn
 from tests.compress.test_reference_codes import follow
 
@@ -89,7 +88,7 @@ def selected(l, b, raw, budget, pos):
     return out
 
 
-@quick_jit
+@jax.jit
 def probe(cache, raw, pos):
     """Attention out [L, B, HQ, T, D] of rows raw at pos [B, T] over what is held."""
 
@@ -199,7 +198,7 @@ def test_layers_that_hold_the_same_need_its_rank_once():
 # --- sizes and refusals ---
 
 
-@quick_jit
+@jax.jit
 def _all(cache, new):
     return finish(commit(cache, new, phase="prefill"))
 

@@ -26,7 +26,7 @@ from kvjax.models import forward
 from tests.compress import plain_model
 from tests.compress.harness import CONFIG as MODEL
 from tests.compress.harness import LENGTHS as SIZES
-from tests.compress.harness import PROMPT, held, inputs, model, quick_jit
+from tests.compress.harness import PROMPT, held, inputs, model
 from tests.compress.reference import (
     LENGTHS,
     STEPS,
@@ -43,7 +43,6 @@ from tests.compress.reference import (
     softmax,
 )  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("quickly")
 TAU, PROBES, DRAWN = 0.6, 4, 6
 RULE = covering(TAU, recent=PROBES, drawn=DRAWN)
 
@@ -91,7 +90,7 @@ def plainly(index, **how):
     return out, chosen, scores
 
 
-@functools.partial(quick_jit, static_argnames="rule")
+@functools.partial(jax.jit, static_argnames="rule")
 def under(model, x, pos, rule):
     return forward(model, None, pos, phase="prefill", embeddings=x, rule=rule)
 
@@ -133,7 +132,7 @@ def test_all_positions_as_probes_give_exact_column_sums():
         assert (got[b, n:] == 0).all()
 
 
-@quick_jit
+@jax.jit
 def _choose(q, k, pos):
     zero = jnp.zeros(())
     query = Query(q, q, pos, rope_of(MODEL, 8)[0], zero, {}, zero)

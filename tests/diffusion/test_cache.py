@@ -14,7 +14,6 @@ from kvjax.diffusion import threshold as at_least
 from kvjax.models import Config
 from kvjax.models.decoder import forward
 from kvjax.models.llama import flatten, init
-from tests.compress.harness import quick_jit
 from tests.diffusion import reference
 from tests.diffusion.test_reference import (
     CONFIG,
@@ -162,7 +161,7 @@ def test_long_canvases():
     tokens = np.random.default_rng(3).integers(0, MASK, width).astype(np.int32)
     network = reference.Network(CONFIG, flatten(own))
     expected = network(tokens.tolist(), list(range(width)))
-    step = quick_jit(forward)
+    step = jax.jit(forward)
     cache = init_cache(CONFIG, by_position(width), 1, width)
     every = jnp.arange(width, dtype=jnp.int32)
     logits, new = step(own, tokens[None], every[None], cache)
@@ -173,7 +172,7 @@ def test_long_canvases():
     network.keep(set(range(width)))
     changed = np.where(np.arange(width) % 7 == 1, MASK, tokens).astype(np.int32)
     expected = network(changed.tolist(), odd.tolist())
-    cache = quick_jit(commit)(cache, new)
+    cache = jax.jit(commit)(cache, new)
     place = jnp.pad(odd, (0, 43), constant_values=-1)[None]
     logits, _ = step(own, changed[None, np.maximum(place[0], 0)], place, cache)
     np.testing.assert_allclose(logits[0, :257], expected, atol=limit, rtol=0)

@@ -16,7 +16,6 @@ from kvjax.evaluate import language_reference
 from kvjax.models import Config, save_pretrained
 from kvjax.models.llama import init
 from kvjax.models.tokenizer import Tokenizer
-from tests.compress.harness import quick_jit
 
 CONTEXT, MORE, OFFSETS, NEEDLE = 64, 16, (10, 400, 900), 160
 SMALL = (
@@ -66,33 +65,6 @@ def start(*arguments: str) -> None:
         compress.main(compress.FLAGS(argv))
 
 
-def compile_quickly(patch: pytest.MonkeyPatch, job: bool = True) -> None:
-    """The jitted loops without XLA's costly passes: they run a few times each.
-
-    Args:
-      job: those of the main job too.
-    """
-    from kvjax.decode import loop
-
-    replaying = sys.modules["kvjax.decode.replay"]  # its function has the same name
-    static = {
-        (replaying, "_replay"): {"static_argnames": ("column", "done")},
-        (loop, "_score"): {"static_argnames": ("keep_logits",)},
-        (loop, "_extend"): {"static_argnames": ("phase", "fold", "read", "logits")},
-        (loop, "_generate"): {"static_argnames": loop._static},
-        (loop, "_generate_donating"): {"static_argnames": loop._static},
-        (loop, "_finish"): {},
-    }
-    if job:
-        from experiments import exact
-
-        static[exact, "_forward"] = {"static_argnames": ("marks", "rule")}
-        static[exact, "_commit"] = static[exact, "_hold"] = static[exact, "_finish"] = {}
-        static[exact, "_ask"] = {"static_argnames": ("marks",)}
-    for (module, name), options in static.items():
-        patch.setattr(module, name, quick_jit(getattr(module, name).__wrapped__, **options))
-
-
 def given(tiny: pathlib.Path, out: pathlib.Path, *more: str) -> tuple[str, ...]:
     paths = (f"--model={tiny}", f"--text={tiny / 'text.txt'}", f"--out={out}")
     return (*paths, *SMALL, "--methods=dense", *more)
@@ -118,7 +90,6 @@ def finished(tiny, tmp_path_factory) -> pathlib.Path:
         return quality(self, label, chain)
 
     with pytest.MonkeyPatch.context() as patch:
-        compile_quickly(patch)
         patch.setattr(compress.Job, "quality", failing)
         start(*given(tiny, out, f"--methods={'; '.join(METHODS)}"))
     return out

@@ -22,9 +22,6 @@ START = """
 import sys
 from absl import app
 from experiments import diffuse
-from kvjax.diffusion import loop
-from tests.compress.harness import quick_jit
-loop._denoise = quick_jit(loop._denoise.__wrapped__, static_argnames=loop._static)
 runs = []
 job = diffuse.Job.run
 diffuse.Job.run = lambda self, *what: runs.append(what) or job(self, *what)

@@ -19,13 +19,9 @@ METHODS = ("streaming_llm(keep=0.25)", "kvzip(keep=0.5, chunk=60)", "kivi(group=
 
 
 START = """
-import pytest
 from absl import app
 from experiments import gallery
-from tests.experiments.conftest import compile_quickly
-with pytest.MonkeyPatch.context() as patch:
-    compile_quickly(patch, job=False)
-    app.run(gallery.main)
+app.run(gallery.main)
 """
 
 

@@ -72,11 +72,10 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<ans
 
 
 def start(*arguments: str, program: str = PROGRAM) -> subprocess.CompletedProcess:
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     return subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", program, *arguments],
         capture_output=True, text=True, check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
 
 

@@ -19,7 +19,6 @@ import pytest
 from experiments import tasks_job
 from experiments.tasks_report import pivot
 from kvjax.compress import parse
-from tests.experiments.conftest import compile_quickly
 
 ROOT = pathlib.Path(__file__).parents[2]
 FULL = ("kvzip(keep=1.0, chunk=150)",)
@@ -27,16 +26,12 @@ HALF = "streaming_llm(keep=0.5)"
 NAMES = ("passkey", "mqar")
 START = """
 import sys
-import pytest
 from absl import app
 from experiments import tasks, tasks_job
-from tests.experiments.conftest import compile_quickly
 if "stop" in sys.argv:
     sys.argv.remove("stop")
     tasks.Job = tasks_job.exact_prefill = None
-with pytest.MonkeyPatch.context() as patch:
-    compile_quickly(patch)
-    app.run(tasks.main)
+app.run(tasks.main)
 """
 
 
@@ -106,7 +101,6 @@ def job(tiny, names=NAMES, methods="dense", **changed):
 
 def test_right_answers_are_scored_and_other_contexts_are_not(tiny, monkeypatch):
     """A model that says the pass keys, in the order of the contexts, whatever it is asked."""
-    compile_quickly(monkeypatch)
     run = job(tiny, ["passkey"], answer=8)
     ids = np.full((2, 8), -1, np.int32)
     for own, sample in zip(ids, run.samples["passkey"]):

@@ -19,11 +19,9 @@ CASES = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
     for path in golden.cases()
 ]
-# Compiling is most of the time here, and LLVM's optimisation half of that.
-QUICKLY = {"xla_backend_optimization_level": 0}
 
 
-@functools.partial(jax.jit, static_argnames="phase", compiler_options=QUICKLY)
+@functools.partial(jax.jit, static_argnames="phase")
 def step(model, cache, tokens, positions, phase):
     logits, new = forward(model, tokens, positions, cache, phase=phase)
     return logits, commit(cache, new, phase=phase)

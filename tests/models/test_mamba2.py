@@ -16,7 +16,6 @@ from kvjax.models.decoder import forward
 from kvjax.models.llama import dtype_of, flatten, parameters
 from kvjax.models.mamba2 import Mamba2, scan_chunks
 from kvjax.models.plan import layer_plan, scan_layers
-from tests.compress.harness import PLAINLY
 from tests.golden import reference
 from tests.models.recurrent_zoo import BATCH, CONFIGS, KIND, LENGTHS, PROMPT, VOCAB, model, prompts
 
@@ -25,7 +24,7 @@ ROOM = PROMPT + 16
 CLOSE = {"rtol": 0, "atol": 3e-5}
 
 
-@functools.partial(jax.jit, static_argnames="phase", compiler_options=PLAINLY)
+@functools.partial(jax.jit, static_argnames="phase")
 def step(model, cache, tokens, positions, phase="decode", keep=None):
     logits, new = forward(model, tokens, positions, cache, phase=phase)
     return logits, commit(cache, new, keep=keep, phase=phase)
@@ -50,7 +49,7 @@ def same(a, b, scale=1e-6):
             np.testing.assert_allclose(x, y, rtol=0, atol=scale * top)
 
 
-chunks = jax.jit(scan_chunks, static_argnums=5, compiler_options=PLAINLY)
+chunks = jax.jit(scan_chunks, static_argnums=5)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 37])

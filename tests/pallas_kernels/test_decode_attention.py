@@ -10,7 +10,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kvjax.cache import Partial, merge
 from pallas_kernels import decode_attention
-from tests.compress.harness import PLAINLY
 from tests.pallas_kernels.cases import Case, check
 
 RACES = pltpu.InterpretParams(detect_races=True)
@@ -43,7 +42,7 @@ MORE = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("case", "how"), compiler_options=PLAINLY)
+@functools.partial(jax.jit, static_argnames=("case", "how"))
 def run(given, case, how):
     return decode_attention(softcap=case.softcap, **given, **HOW[how])
 

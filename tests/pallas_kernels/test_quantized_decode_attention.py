@@ -11,7 +11,6 @@ from jax.experimental.pallas import tpu as pltpu
 from kvjax.codecs import quantize
 from pallas_kernels import quantized_decode_attention
 from pallas_kernels.quantized_decode_attention.tpu import wide
-from tests.compress.harness import PLAINLY
 from tests.pallas_kernels.cases import Case, check
 
 HOW = {
@@ -45,7 +44,7 @@ MORE = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("case", "how"), compiler_options=PLAINLY)
+@functools.partial(jax.jit, static_argnames=("case", "how"))
 def run(given, case, how):
     return quantized_decode_attention(
         softcap=case.softcap, k_bits=case.bits[0], v_bits=case.bits[1], **given, **HOW[how]

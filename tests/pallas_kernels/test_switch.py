@@ -21,7 +21,6 @@ from kvjax.codecs import quantize
 from kvjax.compress import kivi
 from kvjax.decode import generate, prefill
 from kvjax.models import Config, forward, llama
-from tests.compress.harness import PLAINLY
 
 CONFIG = Config(vocab_size=61, width=32, mlp_width=32, layers=2, heads=4, kv_heads=2, head_dim=32)
 METHODS = {
@@ -60,7 +59,7 @@ def test_same_logits_and_tokens(name, model):
     assert calls(cache, model) == 0 and calls(other, model) == kernels
     at = cache.length[:, None]
     token = jnp.argmax(logits, -1)[:, None]
-    step = jax.jit(lambda cache: forward(model, token, at, cache)[0], compiler_options=PLAINLY)
+    step = jax.jit(lambda cache: forward(model, token, at, cache)[0])
     np.testing.assert_allclose(step(cache), step(other), atol=2e-5)
     plain, kernel = (generate(model, c, logits, 12) for c in (cache, other))
     np.testing.assert_array_equal(plain.tokens, kernel.tokens)
@@ -87,7 +86,7 @@ def test_a_sliding_window_and_a_softcap():
     logits, cache = prefill(model, prompt, chain(store()), new_tokens=8)
     at = cache.length[:, None]
     token = jnp.argmax(logits, -1)[:, None]
-    step = jax.jit(lambda cache: forward(model, token, at, cache)[0], compiler_options=PLAINLY)
+    step = jax.jit(lambda cache: forward(model, token, at, cache)[0])
     plain, kernel = (step(cache.replace(kernels=k)) for k in ("xla", "interpret"))
     np.testing.assert_allclose(plain, kernel, atol=2e-5)
 

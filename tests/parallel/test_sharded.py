@@ -33,11 +33,6 @@ SLOW = [
     ("h2o(tokens=48)", ALL, 2, True),
 ]
 OTHERS = [("hybrid", ALL), ("hybrid", "data=4,context=2"), ("diffusion", ALL)]
-# They run a few times each: compiling plainly takes a third of the time.
-PLAINLY = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false"
-)
 
 
 def simulated(cases):
@@ -48,7 +43,6 @@ def simulated(cases):
         "JAX_NUM_CPU_DEVICES": "8",
         "PYTHONWARNINGS": "error",
         "TF_CPP_MIN_LOG_LEVEL": "2",
-        "XLA_FLAGS": PLAINLY,
     }
     run = subprocess.run(
         [sys.executable, "-m", "tests.parallel.simulated", json.dumps(cases)],
