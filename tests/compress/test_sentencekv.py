@@ -250,7 +250,7 @@ def take(model, cache, tokens, pos, phase):
     return commit(cache, new, phase=phase)
 
 
-def test_marks_come_with_tokens(monkeypatch):
+def test_marks_come_with_tokens():
     """Of a prompt that is stored as it comes, whole or in chunks; of a later turn, of decoding."""
     tokens = np.random.default_rng(2).integers(0, 50, (2, 36))
     ends = np.arange(50) % 6 == 0
