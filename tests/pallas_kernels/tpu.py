@@ -15,4 +15,6 @@ def compiled(name: str, function: Any, *args: Any, donate: Any = ()) -> Any:
     pytest.importorskip("libtpu", reason="the TPU's compiler comes with libtpu")
     if jax.default_backend() == "tpu":
         pytest.skip("a real TPU is here: what it compiles it also runs")
-    return compile_for(name, function, *args, donate=donate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS", raising=False)  # libtpu dies of those of the CPU
+        return compile_for(name, function, *args, donate=donate)
