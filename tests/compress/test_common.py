@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kvjax.cache import (
     apart,
+    commit,
     finish,
     init_cache,
     nbytes,
@@ -18,6 +20,7 @@ from kvjax.cache import (
     used_bytes,
 )
 from kvjax.compress import METHODS, parse
+from kvjax.models import forward
 from tests.compress.harness import (
     CONFIG,
     LENGTHS,
@@ -230,13 +233,27 @@ def test_rows_are_independent(name):
 
 @every
 def test_saved_and_restored(name, tmp_path):
-    """The same arrays and the same kind of cache, so decoding goes on identically."""
+    """The same arrays and the same kind of cache; a second prompt goes on identically from both."""
     cache = base(SETTINGS[name])[1]
     save_cache(tmp_path / "cache", cache)
     like = jax.eval_shape(lambda: finish(cache_of(SETTINGS[name])))
     found = restore_cache(tmp_path / "cache", like)
     assert jax.tree.structure(found) == jax.tree.structure(cache)
     assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(cache)))
+    (logits, after), (again, same) = (second_prompt(model(), x) for x in (cache, found))
+    assert np.isfinite(logits).all() and np.array_equal(logits, again)
+    assert all(map(np.array_equal, jax.tree.leaves(after), jax.tree.leaves(same)))
+    assert (after.length - cache.length).tolist() == [0, 3, 3]
+
+
+@jax.jit
+def second_prompt(model, cache):
+    """Three more rows at once behind what is held, where there is room for them."""
+    at = cache.length[:, None] + jnp.arange(3)
+    at = jnp.where(at < cache.max_length, at, -1)
+    columns = {m.name: jnp.ones(at.shape) for m in cache.transforms[0].token_marks}
+    logits, new = forward(model, at, at, cache, phase="append", columns=columns)
+    return logits, commit(cache, new, phase="append")
 
 
 def test_another_cache_is_not_restored(tmp_path):
