@@ -92,7 +92,7 @@ def blocks(kinds, each):
 def chosen(kinds, worth, most, each):
     """Blocks that are dense, from the worth of each."""
     number = len(blocks(kinds, each))
-    best = np.argsort(-np.asarray(worth[:number]), kind="stable")[:most].tolist()
+    best = [1 + i for i in np.argsort(-np.asarray(worth[1 : number - 1]), kind="stable")[:most]]
     return {0, number - 1} | {i for i in best if worth[i] > -np.inf}
 
 

@@ -200,7 +200,7 @@ def levels(
     Args:
       groups: what the tokens are.
       stride: tokens that become one. block: groups of a block.
-      relevant: how many blocks are dense, the most relevant ones of all; those of -inf are not.
+      relevant: how many of the others are dense, the most relevant ones; those of -inf are not.
       keep: for which part of the prompt there is room, in (0, 1]. Blocks are dense as long as they
         fit in; where even the pooled ones do not, the oldest are left out.
       positions: "contiguous": numbered anew without gaps, up to where the prompt ends, so that

@@ -52,8 +52,8 @@ def dense_blocks(
 ) -> Array:
     """Which blocks of `each` groups are read densely, bool [B, N].
 
-    The first and the last, and of all the `most` of largest worth, those of -inf excepted; in this
-    order as long as the whole fits into `room` slots.
+    The first and the last, and of the others the `most` of largest worth, those of -inf excepted;
+    in this order, by worth, as long as the whole fits into `room` slots.
 
     Args:
       worth: float32 [B, N], of blocks; ties: the earlier one.
@@ -62,17 +62,17 @@ def dense_blocks(
     count = -(-grouped.count // each)
     block = jnp.arange(number)
     there = block < count[:, None]
-    worth = jnp.where(there, worth, -jnp.inf)
-    place = jnp.argsort(jnp.argsort(-worth, axis=1, stable=True), axis=1)
     always = there & ((block == 0) | (block == count[:, None] - 1))
-    wanted = always | ((place < most) & (worth > -jnp.inf))
+    others = jnp.where(there & ~always, worth, -jnp.inf)
+    rank = lambda x: jnp.argsort(jnp.argsort(-x, axis=1, stable=True), axis=1)  # noqa: E731
+    wanted = always | ((rank(others) < most) & (others > -jnp.inf))
     own, content = blocks_of(grouped, each), grouped.kind == CONTENT
     pooled = content & (own >= 0)
     _, first = _opens(grouped, pooled, stride)
     row = jnp.arange(own.shape[0])[:, None]
     more = jnp.zeros(worth.shape, jnp.int32)  # slots that a dense block takes beyond a pooled one
     more = more.at[row, jnp.where(pooled, own, number)].add((~first).astype(jnp.int32), mode="drop")
-    order = jnp.lexsort((place, ~always, ~wanted))
+    order = jnp.lexsort((rank(worth), ~always, ~wanted))
     taken = jnp.cumsum(jnp.take_along_axis(jnp.where(wanted, more, 0), order, 1), 1)
     taken = jnp.take_along_axis(taken, jnp.argsort(order, axis=1), 1)
     return wanted & (taken <= (room - jnp.sum(first, 1))[:, None])
