@@ -11,7 +11,7 @@ import pytest
 from kvjax.calibrate import CALIBRATIONS, find, folder_of, load, save
 from kvjax.calibrate.kvquant import _capture, fit_levels, ranges, weighted_kmeans
 from kvjax.codecs import levels
-from kvjax.compress import kvquant
+from kvjax.compress import kvquant, parse
 from kvjax.models import forward, llama
 from tests.compress.harness import CONFIG, model
 from tests.compress.reference import D, H, L, turn
@@ -77,6 +77,24 @@ def test_what_a_query_reads(bits):
 
     given = {n: jnp.asarray(x[:, None, None], jnp.float32) for n, x in t.items()}
     follow(f"kvquant(bits={bits}, sinks={SINKS})", read, given)
+
+
+def test_errors_are_within_half_a_gap():
+    """Of what is not kept exactly and lies within the levels; the ends of a token are exact."""
+    codec = parse("kvquant(bits=3, sinks=0)")[0][1].stages[-1].codec.k
+    t = {n: x[0] for n, x in tables(3).items()}
+    t["kvquant_key_read"] = t["kvquant_key"]
+    given = {n: jnp.asarray(x, jnp.float32) for n, x in t.items() if "key" in n}
+    a = np.random.default_rng(3).uniform(-1, 1, (40, C))
+    x = (a * t["kvquant_key_range"] + t["kvquant_key_centre"]).astype(np.float32)
+    rows = jnp.asarray(np.moveaxis(x.reshape(1, 40, H, D), 1, 2))
+    back = codec.decode(codec.encode(rows, None, None, given), jnp.float32, given)
+    error = np.abs(np.moveaxis(np.asarray(back), 2, 1).reshape(40, C) - x) / t["kvquant_key_range"]
+    levels, kept = t["kvquant_key"], extremes(a)
+    inside = ~kept & (a >= levels[0]) & (a <= levels[-1])
+    assert inside.mean() > 0.3 and error[inside].max() <= np.diff(levels).max() / 2 + 1e-5
+    assert error[inside].max() > np.diff(levels).max() / 4
+    assert error[kept].max() < 1e-3  # float16
 
 
 def test_levels_on_a_uniform_grid_are_the_integer_quantiser():

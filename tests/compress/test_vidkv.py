@@ -72,15 +72,16 @@ def test_what_a_query_reads():
     follow(f"vidkv(group={G}, residual={G})", read)
 
 
-def test_salient_tokens_have_values_at_two_bits():
-    """The best third of the prompt, whole blocks of it; tokens worth -inf (text) never."""
+@pytest.mark.parametrize("part", [0.334, 1.0])
+def test_salient_tokens_have_values_at_two_bits(part):
+    """The best part of the prompt, whole blocks of it; tokens worth -inf (text) never."""
     worth = np.random.default_rng(2).standard_normal((1, B, T + STEPS))
     worth[:, :, 1::4] = -np.inf
 
     def read(r, n):
         w = np.where(np.arange(n) < r.n, worth[0, r.batch, :n], -np.inf)
         able = int((w > -np.inf).sum())
-        best = np.argsort(-w, kind="stable")[: min(T // 3, able) // G * G]
+        best = np.argsort(-w, kind="stable")[: min(int(part * T), able) // G * G]
         best = np.sort(best)
         rest = np.setdiff1d(np.arange(n), best)
         k, v = [], []
@@ -90,7 +91,7 @@ def test_salient_tokens_have_values_at_two_bits():
             v += blocks(r.v[:, at], m, code)
         return np.concatenate(k, 1), np.concatenate(v, 1)  # order means nothing to attention
 
-    text = f"vidkv(group={G}, residual={G}, protect=0.334)"
+    text = f"vidkv(group={G}, residual={G}, protect={part})"
     assert min(LENGTHS) // 2 >= G
     follow(text, read, extra={"salience": np.repeat(worth, L, 0)})
 
