@@ -32,6 +32,7 @@ def to_host(tree: Any) -> Any:
 
 
 def in_host(x: Any) -> bool:
+    """Whether an array, or a tracer of one, lies in host memory."""
     return jax.typeof(x).memory_space == HOST
 
 

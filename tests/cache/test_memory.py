@@ -68,6 +68,12 @@ def test_heads_of_unlike_budgets_are_refused():
         jax.eval_shape(lambda: kv.finish(cache))
 
 
+def test_slots_of_several_devices_are_refused_to_those_who_look_ahead():
+    split = kv.Spec(2, 1, 4, 2, 8, 32, shards=2)
+    with pytest.raises(ValueError, match="looking ahead needs slots of one device, not split"):
+        double_sparsity(4, 3, ahead=True).init(split)
+
+
 def test_a_mesh_is_refused():
     cache = kv.init_cache(harness.CONFIG, kv.chain(kv.store(host=True)), 1, 32)
     with pytest.raises(ValueError, match=r"store\(host=True\) lies on one device"):

@@ -80,7 +80,8 @@ def test_statistics_leave_out_padding(codec):
     rows = np.arange(64) % codec.block < half
     y = decode(codec, encode(codec, padded, np.stack([rows, rows]), c), jnp.float32, c)
     z = decode(codec, encode(codec, repeated, None, c), jnp.float32, c)
-    np.testing.assert_allclose(y[:, rows], z[:, rows], rtol=1e-5, atol=1e-5)
+    # Sums in another order may round a scale of 16 bits to its neighbour.
+    np.testing.assert_allclose(y[:, rows], z[:, rows], rtol=1e-3, atol=1e-3)
 
 
 @every

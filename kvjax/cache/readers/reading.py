@@ -11,9 +11,40 @@ from jax import Array
 from kvjax.cache import buffer
 from kvjax.cache.paging import per_layer
 from kvjax.cache.readers.ahead import Fetched, fetch
-from kvjax.cache.stage import Commit
+from kvjax.cache.stage import FOREVER, Commit, least
 from kvjax.cache.stages.stored import Stored
-from kvjax.cache.types import KV, Partial, Query, merge, rotate
+from kvjax.cache.types import KV, Partial, Query, Spec, merge, rotate
+from kvjax.codecs import joins_heads
+
+
+def check_reader(store: Any, spec: Spec) -> None:
+    """Raises ValueError where a store of such tokens cannot have its reader."""
+    reader = store.reader
+    if spec.totals is not None:
+        raise ValueError("store(reader=...) needs heads of equal budget, not a ragged one")
+    if reader.looks_ahead and spec.shards > 1:
+        raise ValueError(f"{reader}: looking ahead needs slots of one device, not split")
+    for codec in (store.codec.k, store.codec.v) if reader.apart else ():
+        if joins_heads(codec) or codec.constants_spec(spec.width):
+            raise ValueError(
+                f"store(codec={codec}, reader={reader}): query heads choose apart, so a token must "
+                "be coded for each head alone and without constants"
+            )
+
+
+def reader_horizon(store: Any, state: Stored) -> Array:
+    """`Stage.horizon` as far as the reader is concerned, int32 [B]."""
+    page = store.reader.page
+    reach = jnp.full(state.seen.shape[1:2], FOREVER)
+    if store.reader.pages * page < state.place.slots:
+        # A page that is complete may no longer be read.
+        coded = store._coded(state.seen)
+        more = jnp.arange(1, page + max(store.keys.release, store.values.release) + 1)
+        turns = store._coded(state.seen[..., None] + more) // page > coded[..., None] // page
+        first = jnp.where(jnp.any(turns, -1), jnp.argmax(turns, -1) + 1, more[-1])
+        reach = least(first)
+    own = store.reader.horizon(state.index)
+    return reach if own is None else jnp.minimum(reach, own)
 
 
 def note(store: Any, state: Stored, seen: Array, kv: KV, context: Commit) -> Any:

@@ -16,7 +16,7 @@ from kvjax.cache.kernels import attend_stored
 from kvjax.cache.paging import Pool, Rectangle, check_heads, per_layer
 from kvjax.cache.readers.ahead import fetch_ahead, nothing_fetched
 from kvjax.cache.readers.reader import Reader, each_row_with
-from kvjax.cache.readers.reading import attend_read, note, watch
+from kvjax.cache.readers.reading import attend_read, check_reader, note, reader_horizon, watch
 from kvjax.cache.ring import Window
 from kvjax.cache.stage import (
     FOREVER,
@@ -33,7 +33,7 @@ from kvjax.cache.stage import (
 from kvjax.cache.stages.fit import Fit
 from kvjax.cache.stages.stored import Stored
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, partial_attention, rotate
-from kvjax.codecs import Codec, PerKV, as_pair, dense, joins_heads
+from kvjax.codecs import Codec, PerKV, as_pair, dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +131,13 @@ class Store(Stage):
         self.codec.k.check(spec.width)
         self.codec.v.check(spec.width)
         check_heads(self.codec, spec)
-        if self.reader is not None and self.reader.apart:
-            self._check_apart(spec)
+        if self.reader is not None:
+            check_reader(self, spec)
         if self.host and spec.totals is not None:
             raise ValueError("store(host=True) needs heads of equal budget, not a ragged one")
         length = spec.max_length
         room = [max(length - w.n, 0) // w.release * w.release for w in (self.keys, self.values)]
         if spec.totals is not None:
-            if self.reader is not None:
-                raise ValueError("store(reader=...) needs heads of equal budget, not a ragged one")
             if any(c.constants_spec(spec.width) for c in (self.codec.k, self.codec.v)):
                 raise ValueError(
                     f"store(codec={self.codec}): a codec with constants needs heads of equal "
@@ -179,14 +177,6 @@ class Store(Stage):
             {} if self.fit is None else self.fit.init(spec),
             index, spec, self.host,
         ).settled()  # fmt: skip
-
-    def _check_apart(self, spec: Spec) -> None:
-        for codec in (self.codec.k, self.codec.v):
-            if joins_heads(codec) or codec.constants_spec(spec.width):
-                raise ValueError(
-                    f"store(codec={codec}, reader={self.reader}): query heads choose apart, so a "
-                    "token must be coded for each head alone and without constants"
-                )
 
     def downstream(self, spec: Spec) -> None:
         return None
@@ -419,15 +409,8 @@ class Store(Stage):
         ):
             if jax.tree.leaves(code) and not exact(codec, state.spec.dtype):
                 reach = jnp.minimum(reach, least(window.horizon(state.seen)))
-        if self.reader is not None and self.reader.pages * self.reader.page < state.place.slots:
-            # A page that is complete may no longer be read.
-            page, coded = self.reader.page, self._coded(state.seen)
-            more = jnp.arange(1, page + max(self.keys.release, self.values.release) + 1)
-            turns = self._coded(state.seen[..., None] + more) // page > coded[..., None] // page
-            first = jnp.where(jnp.any(turns, -1), jnp.argmax(turns, -1) + 1, more[-1])
-            reach = jnp.minimum(reach, least(first))
-        if self.reader is not None and (own := self.reader.horizon(state.index)) is not None:
-            reach = jnp.minimum(reach, own)
+        if self.reader is not None:
+            reach = jnp.minimum(reach, reader_horizon(self, state))
         return reach, True
 
 
