@@ -67,10 +67,12 @@ def layer_of(x: Array, layer: Array, start: Array | int = 0, size: int | None = 
     """One layer of a stacked buffer, slots [start, start + size) of its axis 3, by one slice."""
     size = x.shape[3] if size is None else size
     index = layer if x.shape[0] > 1 else 0
-    if memory.in_host(x):
-        return memory.cut(x, index, start, size)
-    starts = (index, 0, 0, start, *(0,) * (x.ndim - 4))
-    return jax.lax.dynamic_slice(x, starts, (1, *x.shape[1:3], size, *x.shape[4:]))[0]
+
+    def cut(x: Array, index: Array | int, start: Array | int) -> Array:
+        starts = (index, 0, 0, start, *(0,) * (x.ndim - 4))
+        return jax.lax.dynamic_slice(x, starts, (1, *x.shape[1:3], size, *x.shape[4:]))[0]
+
+    return memory.read(cut, x, index, start)
 
 
 def block_size(row: int, unit: int = 1, most: int = 1024) -> int:

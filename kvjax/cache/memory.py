@@ -2,7 +2,7 @@
 
 Where an array lies is part of its type, so that what is jitted knows it: `in_host(x)`. On whole
 arrays such as [L, B, H, N, ...] there are three operations, each done by the host where they lie:
-`put` rows, `take` rows and `cut` a run of slots. Only indices and rows cross over.
+`put` rows, `take` rows, and `read` what a function says. Only indices and rows cross over.
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ def in_host(x: Any) -> bool:
 
 
 def _there(run: Callable, *args: Any) -> Array:
+    """run(*args) by the host, in whose memory all of them and the result lie."""
     return compute_on("device_host")(jax.jit(run))(*jax.device_put(args, HOST))
+
+
+def read(run: Callable, x: Array, *where: Any) -> Array:
+    """run(x, *where) on the device: computed where x lies, by the host or by the device itself."""
+    if not in_host(x):
+        return run(x, *where)
+    return jax.device_put(_there(run, x, *map(jnp.asarray, where)), DEVICE)
 
 
 def _number(shape: tuple[int, ...], at: Array) -> Array:
@@ -70,16 +78,4 @@ def take(x: Array, at: Array, layer: Array | None = None) -> Array:
     else:
         own = _number((1, *x.shape[1:]), jnp.broadcast_to(at, (1, *x.shape[1:3], at.shape[2])))
         number = own[0] + (layer if x.shape[0] > 1 else 0) * math.prod(x.shape[1:4])
-    run = lambda x, number: x.reshape(-1, *x.shape[4:])[number]  # noqa: E731
-    return jax.device_put(_there(run, x, number), DEVICE)
-
-
-def cut(x: Array, layer: Array, start: Array | int, size: int) -> Array:
-    """Slots [start, start + size) of one layer of x [L, B, H, N, ...], on the device."""
-
-    def run(x: Array, layer: Array, start: Array) -> Array:
-        starts = (layer, 0, 0, start, *(0,) * (x.ndim - 4))
-        return jax.lax.dynamic_slice(x, starts, (1, *x.shape[1:3], size, *x.shape[4:]))[0]
-
-    layer, start = jnp.asarray(layer, jnp.int32), jnp.asarray(start, jnp.int32)
-    return jax.device_put(_there(run, x, layer, start), DEVICE)
+    return read(lambda x, number: x.reshape(-1, *x.shape[4:])[number], x, number)

@@ -118,7 +118,7 @@ def test_a_step_copies_nothing(ahead):
         logits, new = forward(harness.model(), token, cache.length[:, None], cache)
         return logits, kv.apart(kv.commit(cache, new))[0]
 
-    memory = decode.lower(moving, rest, jnp.ones((2, 1), jnp.int32)).compile().memory_analysis()
+    used = decode.lower(moving, rest, jnp.ones((2, 1), jnp.int32)).compile().memory_analysis()
     state = sum(x.nbytes for x in jax.tree.leaves(moving))
-    assert memory.alias_size_in_bytes >= 0.99 * state
-    assert memory.temp_size_in_bytes < 0.3 * state
+    assert used.alias_size_in_bytes >= 0.99 * state
+    assert used.temp_size_in_bytes < 0.3 * state

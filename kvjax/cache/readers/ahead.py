@@ -23,6 +23,12 @@ class Fetched:
     rows: list[Array]
 
 
+def of_layer(store: Any, state: Stored, layer: Array, query: Query) -> tuple[Any, dict[str, Array]]:
+    """What a reader chooses by: its index and its constants, of one layer."""
+    index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
+    return index, {n: per_layer(query.constants[n], layer) for n in store.reader.constants}
+
+
 def fetch(state: Stored, layer: Array, tokens: Array) -> Fetched:
     """Units of `tokens` [B, T, Hq, n] of one layer."""
     batch, count, own, each = tokens.shape
@@ -49,8 +55,7 @@ def nothing_fetched(store: Any, state: Stored, pos: Array) -> Fetched:
 def fetch_ahead(store: Any, state: Stored, layer: Array, query: Query) -> Fetched:
     """What the next layer will read, by what its queries would be for the input of this one."""
     after = jnp.minimum(layer + 1, state.spec.layers - 1)
-    index = jax.tree.map(lambda x: per_layer(x, after), state.index)
-    given = {name: per_layer(query.constants[name], after) for name in store.reader.constants}
+    index, given = of_layer(store, state, after, query)
     coded = store._coded(per_layer(state.seen, after))
 
     def row(ahead: Array) -> Array:

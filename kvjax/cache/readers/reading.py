@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvjax.cache import buffer
-from kvjax.cache.paging import per_layer
-from kvjax.cache.readers.ahead import Fetched, fetch
+from kvjax.cache.readers.ahead import Fetched, fetch, of_layer
 from kvjax.cache.stage import FOREVER, Commit, least
 from kvjax.cache.stages.stored import Stored
 from kvjax.cache.types import KV, Partial, Query, Spec, merge, rotate
@@ -97,10 +96,10 @@ def attend_read(
     """Attention of one row per sequence, or of all rows of a window: over what its reader chooses,
     or over everything where the reader says so at this step; everything(query, q, rows) ->
     Partial. With what the reader carries from layer to layer."""
-    index = jax.tree.map(lambda x: per_layer(x, layer), state.index)
+    index, given = of_layer(store, state, layer, query)
     whole = store.reader.reads_whole(index, query)
     chosen = lambda: _attend_chosen(  # noqa: E731
-        store, state, index, layer, query, q, rows, carry, coded, part
+        store, state, index, given, layer, query, q, rows, carry, coded, part
     )
     if whole is None:
         return chosen()
@@ -114,13 +113,12 @@ def attend_read(
 
 
 def _attend_chosen(
-    store: Any, state: Stored, index: Any, layer: Array, query: Query, q: Array, rows: Array,
-    carry: Any, coded: Array, part: Any,
+    store: Any, state: Stored, index: Any, given: dict[str, Array], layer: Array, query: Query,
+    q: Array, rows: Array, carry: Any, coded: Array, part: Any,
 ) -> tuple[Partial, Any]:  # fmt: skip
     """In two phases: the reader names pages, and only those are gathered and decoded."""
     page = store.reader.page
     base = query.base(slots := state.pos.shape[-1])
-    given = {name: per_layer(query.constants[name], layer) for name in store.reader.constants}
     batch, heads, group = q.shape[:3]
     fetched: dict[int, Array] = {}
     if store.reader.looks_ahead and query.ahead is not None:
