@@ -113,6 +113,8 @@ def _slots(stage: Any, own: Any) -> Any:
 def reads(cache: Cache, new: Any) -> np.ndarray:
     """Which tokens held one new row reads in each layer: bool [L, B, H, N], as in `Placed`.
 
+    Of a reader that looks ahead: what each layer would choose by its own queries.
+
     Args:
       new: of `forward(..., cache, statistics=True)` for one row per sequence, or for the rows of a
         window (more than 16) where the reader chooses for all of them.
